@@ -1,0 +1,116 @@
+"""What all tests share: the program in-process and as a real process, a results file, and a sample record."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dbtool  # noqa: E402
+
+DBTOOL = str(ROOT / "dbtool.py")
+RECORD = json.loads((ROOT / "examples" / "result.json").read_text())
+
+
+def need(found: object, what: str) -> None:
+    """Skip a test on a machine that lacks *what*; in CI, which installs everything, fail."""
+    if not found:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have {what}")
+        pytest.skip(f"needs {what}")
+
+
+def need_program(name: str) -> str:
+    path = shutil.which(name)
+    need(path, name)
+    return str(path)
+
+
+class Result:
+    def __init__(self, status: int, out: bytes, err: bytes) -> None:
+        self.status, self.out, self.err = status, out.decode(), err.decode()
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path, monkeypatch):
+    """Run each test in a folder of its own, with nothing of the user's environment."""
+    for name in ("DBTOOL_SCHEMA", "DBTOOL_TABLE", "DBTOOL_JOURNAL", "PYTHONUNBUFFERED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def db_path(tmp_path):
+    return tmp_path / "results.db"
+
+
+@pytest.fixture
+def call(monkeypatch, capfdbinary):
+    """Call main() in this process: call(*arguments, stdin=bytes) -> Result."""
+
+    def run(*arguments, stdin=b""):
+        stdin = stdin if isinstance(stdin, bytes) else json.dumps(stdin).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfdbinary.readouterr()
+        status = dbtool.main([str(argument) for argument in arguments])
+        sys.stdout.flush()
+        return Result(status, *capfdbinary.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def expect_success(call):
+    """Call main(), see that it ends well and says nothing on standard error; return what it printed."""
+
+    def run(*arguments, stdin=b""):
+        result = call(*arguments, stdin=stdin)
+        assert (result.status, result.err) == (0, ""), result.err
+        return result.out
+
+    return run
+
+
+@pytest.fixture
+def expect_failure(call):
+    """Call main(), see that it fails with *status* and one line, and prints nothing; return that line."""
+
+    def run(*arguments, stdin=b"", status=1):
+        result = call(*arguments, stdin=stdin)
+        assert (result.status, result.out) == (status, ""), result.err
+        assert result.err.startswith("dbtool: ") and result.err.count("\n") == 1, result.err
+        return result.err
+
+    return run
+
+
+@pytest.fixture
+def rows(expect_success):
+    """Return the answer to a query as lists of texts, without the header."""
+
+    def ask(path, sql="SELECT * FROM results"):
+        import csv
+
+        return list(csv.reader(io.StringIO(expect_success("query", path, sql, "--no-header"), newline="")))
+
+    return ask
+
+
+def process(*arguments, stdin=b"", **options):
+    """Run dbtool.py as a real process; return the finished process, its output as bytes."""
+    return subprocess.run([sys.executable, DBTOOL, *map(str, arguments)], input=stdin, capture_output=True,
+                          timeout=120, check=False, **options)
+
+
+def kept(path) -> list[Path]:
+    """Return the files that insert kept beside the results file at *path*."""
+    return sorted(Path(f"{path}-kept").glob("*.json"))
