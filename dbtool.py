@@ -823,6 +823,7 @@ class Input:
         if self.part:
             self.copy.close()
             os.unlink(self.part)
+            remove_kept_folder(self.part)
             self.part = ""
 
     def keep(self, claim: dict[str, Any] | None = None) -> str:
@@ -903,20 +904,31 @@ def new_part(path: str) -> tuple[str, io.FileIO]:
     """Create the temporary file that is to become *path*; return its path, and it, open for writing."""
     folder, name = os.path.split(path)
     part = os.path.join(folder, f".{name}.part")
-    for attempt in range(10):
+    while True:
+        if folder.endswith("-kept") and not os.path.isdir(folder):
+            try:
+                os.mkdir(folder)
+            except FileExistsError:  # another process was faster
+                pass
         try:
-            if folder.endswith("-kept"):
-                os.makedirs(folder, exist_ok=True)
             return part, io.FileIO(part, "x+")
-        except FileNotFoundError:  # a retry that ended just now removed the folder
-            if attempt == 9:
-                raise
-    raise AssertionError
+        except FileNotFoundError:
+            if not folder.endswith("-kept"):
+                raise  # but for a retry that removed the folder just now
 
 
 def final_path(part: str) -> str:
     folder, name = os.path.split(part)
     return os.path.join(folder, name[1:-len(".part")])
+
+
+def remove_kept_folder(path: str) -> None:
+    """Remove the folder of *path*, if it was made to keep input and is empty now."""
+    if os.path.dirname(path).endswith("-kept"):
+        try:
+            os.rmdir(os.path.dirname(path))
+        except OSError:
+            pass
 
 
 def sync_folder(path: str) -> None:
@@ -933,8 +945,8 @@ def write_claim(path: str, claim: Mapping[str, Any]) -> None:
     import json
 
     text = json.dumps({name: value for name, value in claim.items() if not isinstance(value, bytes)})
-    part, file = new_part(path + ".claim")
-    with file:
+    part = path + ".claim.part"
+    with open(part, "wb", buffering=0) as file:
         write_all(file, text.encode())
         os.fsync(file.fileno())
     os.rename(part, path + ".claim")
@@ -959,7 +971,8 @@ def kept_files(path: str) -> list[str]:
             names = os.listdir(folder)
         except OSError:
             continue
-        found += [os.path.join(folder, name) for name in sorted(names)
+        whole = {name[:-len(".claim")] if name.endswith(".claim") else name for name in names}
+        found += [os.path.join(folder, name) for name in sorted(whole)
                   if name.startswith(prefix) and name.endswith(".json") and not name.startswith(".")]
     return found
 
@@ -1146,7 +1159,8 @@ def formatted(cursor: sqlite3.Cursor, style: str, null: str = "", header: bool =
 def write_out(texts: Iterable[str], target: str = "") -> None:
     """Write *texts* as UTF-8 to standard output, or to the file *target*, which appears when it is whole."""
     path = os.path.realpath(target)
-    if target and (os.path.isfile(path) or not os.path.exists(path)):  # not a device or pipe
+    device = target.startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+    if target and not device:
         part, file = new_part(path)
         try:
             with file:
@@ -1159,10 +1173,14 @@ def write_out(texts: Iterable[str], target: str = "") -> None:
         return
     if not target and sys.stdout is None:
         raise Failure("standard output is closed")
-    out = open(path, "wb") if target else sys.stdout.buffer
-    for text in texts:
-        write_all(out, text.encode())
-    out.flush()
+    out = open(target, "wb") if target else sys.stdout.buffer
+    try:
+        for text in texts:
+            write_all(out, text.encode())
+        out.flush()
+    except OSError:  # what is still in the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        raise
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -1208,19 +1226,19 @@ def remove_wal(path: str) -> None:
         db.close()
 
 
-def ask(db: sqlite3.Connection, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> sqlite3.Cursor:
-    """Return the cursor of a query; raise Failure if *sql* is not one query that works."""
+def ask(cursor: sqlite3.Cursor, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = ()) -> None:
+    """Run a query, so that *cursor* yields its rows; raise Failure if *sql* is not one query that works."""
+    db = cursor.connection
     db.create_aggregate("median", 1, lambda: Numbers(percentile))
     db.create_aggregate("percentile", 2, lambda: Numbers(percentile))
     db.create_aggregate("stddev", 1, lambda: Numbers(stddev))
     try:
-        cursor = db.execute(sql, parameters)
+        cursor.execute(sql, parameters)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         SIGNALS.check()
         raise Failure(why_unanswered(db, str(error))) from None
     if cursor.description is None:
         raise Failure("the SQL asks for nothing; write a SELECT")
-    return cursor
 
 
 def why_unanswered(db: sqlite3.Connection, text: str) -> str:
@@ -1246,8 +1264,6 @@ class Options:
     def __init__(self, words: dict[str, str], flags: dict[str, list[str]], columns: list[tuple[str, str]]) -> None:
         self.words, self.flags, self.columns = words, flags, columns
         self.name = words.get("DATABASE", "")
-        if not self.name:
-            raise Failure("the DATABASE has no name", USAGE)
         self.path = os.path.realpath(self.name)  # always a plain file, whatever SQLite makes of the name
 
     def last(self, flag: str, default: str) -> str:
@@ -1331,21 +1347,24 @@ def query(options: Options) -> None:
     parameters = {name: number_or_text(value) for name, value in options.pairs("--param")}
 
     def answer(db: sqlite3.Connection) -> None:
+        cursor = db.cursor()
         try:
             with SIGNALS:
-                cursor = ask(db, sql, parameters)
+                ask(cursor, sql, parameters)
                 write_out(formatted(cursor, options.last("--format", "csv"), options.last("--null", ""),
                                     "--no-header" not in options.flags), options.last("--output", ""))
         except (sqlite3.Error, UnicodeDecodeError) as error:
             SIGNALS.check()
             raise Failure(why_unanswered(db, str(error))) from None
+        finally:
+            cursor.close()  # or the connection lives on, with its files
 
     reading(options.path, answer, options.timeout)
 
 
 def number_or_text(text: str) -> int | float | str:
     """Return a number if Python prints that number as *text*, else *text*."""
-    for kind in (int, float):
+    for kind in (int, finite):
         try:
             if str(kind(text)) == text:
                 return kind(text)
@@ -1368,10 +1387,8 @@ def retry(options: Options) -> None:
             report(f"{options.name}: {path}: {failure}")
             if failure.status >= TRY_AGAIN:  # the other files would fare no better
                 break
-    try:
-        os.rmdir(options.path + "-kept")
-    except OSError:
-        pass  # not empty, or not there
+        else:
+            remove_kept_folder(path)
     if status:
         raise Failure("", status)
 
@@ -1384,16 +1401,17 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
         return not os.path.exists(path) or (claim is not None and holds(db, schema, claim))
 
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
+            store(options.path, schema, records(chunks, "--skip-text" in options.flags), options.conflict,
+                  options.timeout, is_stored, lambda claim: write_claim(path, claim))
     except FileNotFoundError:
-        return
-    with file:
-        chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-        store(options.path, schema, records(chunks, "--skip-text" in options.flags), options.conflict,
-              options.timeout, is_stored, lambda claim: write_claim(path, claim))
-    for done in (path, path + ".claim"):
-        if os.path.exists(done):
+        pass  # another retry has stored it, or one that was stopped between the two removals
+    for done in (path, path + ".claim.part", path + ".claim"):
+        try:
             os.unlink(done)
+        except FileNotFoundError:
+            pass
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -1422,16 +1440,16 @@ COMMANDS: dict[str, tuple[Callable[[Options], None], str, str, str]] = {
 }
 
 
-def command_help(command: str) -> str:
+def command_help(command: str, options: Options) -> str:
     _, words, _, purpose = COMMANDS[command]
     lines = [f"usage: dbtool.py {command} {words} [FLAG]...", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]
     rows = [(f"{flag} {metavar}".rstrip(), help_text) for flag, metavar, help_text in flags_of(command)]
     if command == "insert_manual":
-        schema = read_schema()
+        schema = options.schema()
         said = descriptions(schema)
         for column in schema.columns:
             if not column.generated:
-                taken = any(flag == f"--{column.name}" for flag, _, _ in flags_of(command))
+                taken = f"--{column.name}" in ("--help", *(flag for flag, _, _ in flags_of(command)))
                 kind = f"{column.type or 'anything'}{', needed' if column.needed else ''}"
                 rows.append((f"--{'column.' * taken}{column.name} {kind}", said.get(column.name, "")))
     width = max(len(left) for left, _ in rows if len(left) <= 40)
@@ -1454,7 +1472,9 @@ def parse(command: str, arguments: list[str]) -> Options:
     for word in left:
         if word == "--":
             words += left
-        elif word == "-" or not word.startswith("-"):
+        elif word in ("-h", "--help"):
+            flags["--help"] = []
+        elif word == "-" or not word.startswith("-") or (command == "query" and " " in word.partition("=")[0]):
             words.append(word)
         else:
             flag, equals, value = word.partition("=")
@@ -1473,6 +1493,10 @@ def parse(command: str, arguments: list[str]) -> Options:
             else:
                 flags.setdefault(flag, []).append(value)
     names = [name for name in COMMANDS[command][1].split()[:2] if name[0] != "-"]
+    if "--help" in flags:
+        return Options({}, flags, [])
+    if words[:1] == [""]:
+        raise Failure("the DATABASE has no name", USAGE)
     if len(words) != len(names):
         raise Failure(f"takes {' '.join(names)}, got {' '.join(map(shown, words)) or 'nothing'};"
                       f" see: dbtool.py {command} --help", USAGE)
@@ -1505,16 +1529,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif command not in COMMANDS:
             raise Failure(f"{f'unknown command {command}' if command else 'no command'}; there are"
                           f" {', '.join(COMMANDS)} (see --help)", USAGE)
-        elif "-h" in arguments[1:] or "--help" in arguments[1:]:
-            write_out([command_help(command)])
         else:
             where = f"{command}: "
             options = parse(command, arguments[1:])
             where = f"{options.name}: "
-            COMMANDS[command][0](options)
+            if "--help" in options.flags:
+                write_out([command_help(command, options)])
+            else:
+                COMMANDS[command][0](options)
         return 0
-    except BrokenPipeError:  # `query … | head`: the rest is not wanted; don't let Python flush it either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `query … | head`: the rest is not wanted
         return 0
     except (Failure, sqlite3.Error, OSError) as error:
         failure = as_failure(error, "")

@@ -1,0 +1,453 @@
+"""A result that reached standard input is a row, or in a file that the message names: one test for each way to fail."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import dbtool
+import pytest
+from conftest import DBTOOL, RECORD, kept, need, need_program, process
+
+DATA = json.dumps(RECORD, indent=1).encode()
+
+
+def count(path):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT count(*) FROM results").fetchone()[0]
+
+
+def check_refusal(done, path, data, status=1):
+    """See the status, the one line that names the database and the kept file, and the kept bytes; return that file."""
+    assert (done.returncode, done.stdout) == (status, b"")
+    message = done.stderr.decode()
+    assert message.startswith(f"dbtool: {path}: ") and message.count("\n") == 1 and "Traceback" not in message
+    (file,) = kept(path)
+    assert f"the input is kept in {file}; when that is mended, run: dbtool.py retry {path}" in message
+    assert file.read_bytes() == data
+    assert not list(file.parent.glob(".*"))
+    return file
+
+
+def check_retry(path, rows=1):
+    """See that retry stores what was kept, once, however often it is run."""
+    for _ in range(2):
+        done = process("retry", path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert count(path) == rows
+        assert kept(path) == [] and not os.path.exists(f"{path}-kept")
+
+
+GOOD = json.dumps(RECORD).encode()
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (GOOD.replace(b'"epochs": 1', b'"epochs": "1"'), 'record 1: column epochs: expected a 64-bit integer, got "1"'),
+    (GOOD.replace(b'"epochs": 1, ', b""), "record 1: column epochs missing"),
+    (GOOD.replace(b"epochs", b"epoch"), 'record 1: "epoch" is no column of results; did you mean "epochs"?'),
+    (GOOD.replace(b'"Philip"', b'"\\ud800"'), "record 1: column author: "),
+    (GOOD.replace(b'"epochs": 1', b'"epochs": 9223372036854775808'), "record 1: column epochs: expected a 64-bit"),
+    (GOOD.replace(b'"epochs": 1', b'"epochs": 1' + b"0" * 5000), "record 1"),
+    (GOOD.replace(b"1.0", b"1e999"), "record 1 (line 1): not valid JSON: the number 1e999 is too large"),
+    (GOOD[:-1] + b', "metadata": ' + b"[" * 9999 + b"]" * 9999 + b"}", "record 1"),
+    (GOOD + GOOD[:-9], "record 2 (line 1): not valid JSON: it ends in the middle"),
+    (GOOD + b"\nbye", "record 2 (line 2): expected a JSON object"),
+    (GOOD.replace(b"Philip", b"Phil\xff"), "record 1 (line 1): byte 0xff is not UTF-8"),
+    (b"\xef\xbb\xbf" + GOOD, "record 1 (line 1): begins with a byte order mark"),
+    (GOOD.replace(b": 1,", b": 1 "), "record 1 (line 1): not valid JSON: expecting ',' delimiter"),
+    (b"\n \n", "no JSON on standard input"),
+], ids=range(14))
+def test_bad_input_is_kept_until_it_is_mended(db_path, data, said):
+    file = check_refusal(process("insert", db_path, stdin=data), db_path, data)
+    done = process("retry", db_path)
+    assert done.returncode == 1 and done.stderr.decode().startswith(f"dbtool: {db_path}: {file}: {said}")
+    assert done.stderr.count(b"\n") == 1 and file.read_bytes() == data
+    file.write_bytes(DATA)
+    check_retry(db_path)
+
+
+def test_empty_input_leaves_nothing_to_keep(db_path, tmp_path):
+    done = process("insert", db_path)
+    assert done.returncode == 1 and done.stderr.decode() == (
+        f"dbtool: {db_path}: no JSON on standard input: did the program before the pipe fail?\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_standard_input(db_path):
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' '{DBTOOL}' insert '{db_path}' <&-"], capture_output=True,
+                          check=False)
+    assert done.returncode == 1 and b"no JSON on standard input" in done.stderr
+
+
+def test_a_regular_file_needs_no_copy(db_path, tmp_path):
+    (tmp_path / "bad.json").write_text("[1]")
+    with open(tmp_path / "bad.json", "rb") as file:
+        done = subprocess.run([sys.executable, DBTOOL, "insert", db_path], stdin=file, capture_output=True, check=False)
+    assert done.returncode == 1 and b"standard input is a file, so nothing is lost" in done.stderr
+    assert kept(db_path) == []
+    # A file that has lost its name, as a here-document in the shell, would be gone with this process.
+    with open(tmp_path / "bad.json", "rb") as file:
+        os.unlink(tmp_path / "bad.json")
+        done = subprocess.run([sys.executable, DBTOOL, "insert", db_path], stdin=file, capture_output=True, check=False)
+    check_refusal(done, db_path, b"[1]")
+
+
+def test_missing_schema(db_path):
+    check_refusal(process("insert", db_path, "--schema", "none.sql", stdin=DATA), db_path, DATA)
+    check_retry(db_path)
+
+
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_locked_past_the_timeout(db_path, journal):
+    assert process("insert", db_path, stdin=DATA).returncode == 0
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute(f"PRAGMA journal_mode = {journal}")
+        db.execute("BEGIN IMMEDIATE")
+        start = time.monotonic()
+        done = process("insert", db_path, "--timeout", "0.5", stdin=DATA)
+        assert 0.5 <= time.monotonic() - start < 5
+        check_refusal(done, db_path, DATA, 75)
+        assert b"locked by another process" in done.stderr
+        done = process("retry", db_path, "--timeout", "0")
+        assert done.returncode == 75 and b"locked" in done.stderr and kept(db_path)
+    check_retry(db_path, 2)
+
+
+def test_the_database_is_a_folder(db_path):
+    db_path.mkdir()
+    done = process("insert", db_path, stdin=DATA)
+    check_refusal(done, db_path, DATA)
+    assert b"is a folder" in done.stderr
+    db_path.rmdir()
+    check_retry(db_path)
+
+
+def test_the_database_is_a_text_file(db_path):
+    db_path.write_text("a text that is no database, and is longer than its header would be " * 9)
+    done = process("insert", db_path, stdin=DATA)
+    check_refusal(done, db_path, DATA)
+    assert b"is not an SQLite database" in done.stderr
+    db_path.unlink()
+    check_retry(db_path)
+
+
+def test_the_database_is_damaged(db_path, tmp_path):
+    lines = b"\n".join([GOOD] * 1000)
+    assert process("insert", db_path, stdin=lines).returncode == 0
+    good = db_path.read_bytes()
+    db_path.write_bytes(good[:4096] + b"\xaa" * (len(good) - 4096))
+    done = process("insert", db_path, stdin=DATA)
+    check_refusal(done, db_path, DATA)
+    assert b"is damaged" in done.stderr
+    db_path.write_bytes(good)
+    check_retry(db_path, 1001)
+
+
+def test_there_is_no_such_folder(tmp_path):
+    path = tmp_path / "none" / "results.db"
+    done = process("insert", path, stdin=DATA)
+    assert done.returncode == 1 and f"there is no folder {tmp_path}/none".encode() in done.stderr
+    path.parent.mkdir(exist_ok=True)
+    check_retry(path)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A file system of 1 MB."""
+    need(os.geteuid() == 0 and shutil.which("mount"), "root, to mount")
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def spare(folder):
+    return sorted(folder.glob("dbtool-kept-*.json"))
+
+
+def test_a_read_only_folder(mount, tmp_path):
+    path = mount / "results.db"
+    subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+    done = process("insert", path, stdin=DATA)
+    assert done.returncode == 1 and b"may not write" in done.stderr and done.stderr.count(b"\n") == 1
+    (file,) = spare(tmp_path)
+    assert file.read_bytes() == DATA and str(file).encode() in done.stderr
+    subprocess.run(["mount", "-o", "remount,rw", mount], check=True)
+    check_retry(path)
+    assert spare(tmp_path) == []
+
+
+def test_the_kept_file_goes_to_the_temporary_folder_when_the_working_one_is_read_only(mount, tmp_path):
+    path, temporary = mount / "results.db", tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+    done = process("insert", path, stdin=DATA, cwd=mount, env=environment)
+    (file,) = spare(temporary)
+    assert file.read_bytes() == DATA and str(file).encode() in done.stderr
+    subprocess.run(["mount", "-o", "remount,rw", mount], check=True)
+    assert process("retry", path, cwd=mount, env=environment).returncode == 0
+    assert count(path) == 1 and spare(temporary) == []
+
+
+def test_nowhere_to_keep_leaves_standard_error(mount):
+    subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+    path = mount / "results.db"
+    environment = {**os.environ, "TMPDIR": str(mount)}
+    done = process("insert", path, stdin=DATA, cwd=mount, env={**environment, "PYTHONPATH": str(mount)},
+                   preexec_fn=only_this_folder_can_be_written)
+    assert done.returncode == 1
+    assert done.stderr.startswith(DATA) and b"the input could not be kept in any file and stands above" in done.stderr
+
+
+def only_this_folder_can_be_written():
+    """Let no file grow: every write to a file fails, as on a disk that is full everywhere."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def fill(folder):
+    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 1024)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk(mount, tmp_path, exists):
+    path = mount / "results.db"
+    if exists:
+        assert process("insert", path, stdin=DATA).returncode == 0
+    fill(mount)
+    done = process("insert", path, stdin=DATA)
+    assert done.returncode == 75 and done.stderr.count(b"\n") == 1, done.stderr
+    files = [*spare(tmp_path), *kept(path)]
+    assert [file.read_bytes() for file in files] == [DATA] and str(files[0]).encode() in done.stderr
+    (mount / "filler").unlink()
+    check_retry(path, 1 + exists)
+    assert spare(tmp_path) == []
+
+
+def test_the_disk_is_full_in_the_middle_of_much_input(mount, tmp_path):
+    """The copy begins beside the database, does not fit, and moves."""
+    data = b"\n".join([GOOD] * 40_000)
+    assert len(data) > 2 * dbtool.SPOOL_BYTES
+    path = mount / "results.db"
+    done = process("insert", path, stdin=data)
+    assert done.returncode == 75 and b"full" in done.stderr
+    (file,) = spare(tmp_path)
+    assert file.read_bytes() == data
+    assert not list(tmp_path.glob(".*")) and not list(mount.glob("*-kept/.*"))
+    subprocess.run(["mount", "-o", "remount,size=128m", mount], check=True)
+    check_retry(path, 40_000)
+
+
+def test_much_input_that_is_refused(db_path):
+    data = b"\n".join([GOOD] * 30_000) + b"\nbye"
+    check_refusal(process("insert", db_path, stdin=data), db_path, data)
+
+
+def test_much_input_leaves_no_copy_when_it_is_stored(db_path, tmp_path):
+    assert process("insert", db_path, stdin=b"\n".join([GOOD] * 30_000)).returncode == 0
+    assert count(db_path) == 30_000
+    assert [path.name for path in tmp_path.iterdir()] == ["results.db"]
+
+
+# Signals
+
+
+def start(path, *arguments):
+    return subprocess.Popen([sys.executable, DBTOOL, "insert", str(path), *arguments], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_until_read(child):
+    """Wait until the child has taken all that is in its pipe."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        (waiting,) = struct.unpack("i", fcntl.ioctl(child.stdin, termios.FIONREAD, b"\0" * 4))
+        if not waiting:
+            time.sleep(0.05)
+            return
+        time.sleep(0.01)
+    raise AssertionError("the child did not read")
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_reading(db_path, number):
+    with start(db_path) as child:
+        child.stdin.write(DATA)
+        child.stdin.flush()
+        wait_until_read(child)
+        child.send_signal(number)
+        status = child.wait(10)
+        done = subprocess.CompletedProcess([], status, child.stdout.read(), child.stderr.read())
+    check_refusal(done, db_path, DATA, 128 + number)
+    assert f"stopped by {number.name}".encode() in done.stderr
+    assert not db_path.exists()
+    check_retry(db_path)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_waiting_for_the_lock(db_path, number):
+    assert process("insert", db_path, stdin=DATA).returncode == 0
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with start(db_path) as child:
+            child.stdin.write(DATA)
+            wait_until_read(child)
+            child.stdin.close()
+            time.sleep(0.3)
+            assert child.poll() is None
+            begin = time.monotonic()
+            child.send_signal(number)
+            status = child.wait(10)
+            assert time.monotonic() - begin < 2
+            done = subprocess.CompletedProcess([], status, child.stdout.read(), child.stderr.read())
+        check_refusal(done, db_path, DATA, 128 + number)
+    check_retry(db_path, 2)
+
+
+def test_a_signal_that_the_parent_ignores_is_ignored(db_path):
+    with subprocess.Popen(["nohup", sys.executable, DBTOOL, "insert", str(db_path)], stdin=subprocess.PIPE) as child:
+        child.stdin.write(DATA)
+        child.stdin.flush()
+        wait_until_read(child)
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+    assert child.returncode == 0 and count(db_path) == 1
+
+
+@pytest.mark.slow
+def test_signals_at_any_time_lose_nothing(db_path):
+    """A hundred inserts, each ended at a random moment after it began to read."""
+    import random
+
+    rng = random.Random(7)
+    process("insert", db_path, stdin=DATA)
+    expected = 1
+    for _ in range(100):
+        with start(db_path) as child:
+            child.stdin.write(DATA)
+            child.stdin.flush()
+            wait_until_read(child)
+            child.stdin.close()
+            time.sleep(rng.random() * 0.02)
+            child.send_signal(rng.choice(SIGNALS))
+            assert child.wait(20) in (0, 129, 130, 143)
+            assert child.stderr.read().count(b"\n") == (child.returncode != 0)
+        expected += 1
+    assert count(db_path) + len(kept(db_path)) == expected
+    check_retry(db_path, expected)
+
+
+# COMMIT
+
+
+@pytest.mark.parametrize("fault", [
+    "fdatasync:error=EIO", "fdatasync:error=EIO:when=1", "pwrite64:error=ENOSPC", "pwrite64:error=EIO:when=2",
+    "pwrite64:error=ENOSPC:when=3"])
+def test_an_io_error_at_any_step(db_path, fault):
+    strace = need_program("strace")
+    assert process("insert", db_path, stdin=DATA).returncode == 0
+    done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", f"inject={fault}", sys.executable, DBTOOL, "insert",
+                           db_path], input=DATA, capture_output=True, check=False)
+    check_refusal(done, db_path, DATA, 75)
+    check_retry(db_path, 2)
+
+
+def lose_power(path, target):
+    """Copy what a power failure would leave: all files but the -shm, which lives in memory."""
+    target.mkdir()
+    for name in os.listdir(path.parent):
+        if name.startswith("results.db") and not name.endswith("-shm"):
+            source = path.parent / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target / name)
+    return target / "results.db"
+
+
+KEYLESS = "CREATE TABLE results (run INTEGER PRIMARY KEY, epochs INTEGER);"
+
+
+@pytest.mark.parametrize("schema", [None, KEYLESS], ids=["time-ordered key", "rowid"])
+def test_a_commit_that_failed_and_yet_happened_is_not_stored_twice(db_path, tmp_path, schema, monkeypatch):
+    """The rows are in the -wal file, the flush fails, insert reports it; after a power failure SQLite finds the rows."""
+    strace = need_program("strace")
+    data = DATA
+    if schema:
+        (tmp_path / "s.sql").write_text(schema)
+        monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "s.sql"))
+        data = b'{"epochs": 3} {"epochs": 4}'
+    assert process("insert", db_path, stdin=data).returncode == 0
+    before = count(db_path)
+    with contextlib.closing(sqlite3.connect(db_path)) as reader:  # so that the failing process leaves the -wal
+        reader.execute("SELECT count(*) FROM results").fetchall()
+        done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", "inject=fdatasync:error=EIO:when=2+",
+                               sys.executable, DBTOOL, "insert", db_path], input=data, capture_output=True, check=False)
+        check_refusal(done, db_path, data, 75)
+        copy = lose_power(db_path, tmp_path / "after")
+    assert count(copy) == 2 * before  # the failed transaction has come to light
+    check_retry(copy, 2 * before)
+    assert count(db_path) == before  # and where it has not,
+    check_retry(db_path, 2 * before)  # it is stored now
+
+
+@pytest.mark.parametrize("call", ["rename", "fdatasync", "unlink"])
+@pytest.mark.parametrize("when", range(1, 7))
+def test_retry_killed_at_any_step_stores_once(db_path, call, when):
+    strace = need_program("strace")
+    assert process("insert", db_path, "--schema", "none.sql", stdin=GOOD * 3).returncode == 1
+    subprocess.run([strace, "-f", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={when}",
+                    sys.executable, DBTOOL, "retry", db_path], capture_output=True, check=False)
+    check_retry(db_path, 3)
+
+
+def test_retries_at_once_store_once(db_path):
+    for _ in range(20):
+        process("insert", db_path, "--schema", "none.sql", stdin=GOOD)
+    children = [subprocess.Popen([sys.executable, DBTOOL, "retry", str(db_path)]) for _ in range(5)]
+    assert [child.wait(60) for child in children] == [0] * 5
+    check_retry(db_path, 20)
+
+
+def test_retry_leaves_what_still_fails(db_path):
+    for data in (b"[1]", GOOD, b'{"a": 1}', GOOD):
+        process("insert", db_path, "--schema", "none.sql", stdin=data)
+    done = process("retry", db_path)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 2
+    assert count(db_path) == 2 and [file.read_bytes() for file in kept(db_path)] == [b"[1]", b'{"a": 1}']
+
+
+def test_retry_with_nothing_to_do(db_path, tmp_path):
+    done = process("retry", db_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["lines", "array"])
+def test_memory_stays_small_whatever_the_size(db_path, style):
+    with subprocess.Popen([sys.executable, DBTOOL, "insert", str(db_path)], stdin=subprocess.PIPE) as child:
+        child.stdin.write(b"[" if style == "array" else b"")
+        for n in range(300):
+            child.stdin.write((b"," if style == "array" else b"\n").join([GOOD] * 1000))
+            child.stdin.write(b"," if style == "array" and n < 299 else b"\n")
+        child.stdin.write(b"]" if style == "array" else b"")
+        child.stdin.close()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0 and count(db_path) == 300_000
+    assert usage.ru_maxrss <= 48 * 1024  # KiB
