@@ -85,6 +85,12 @@ class Signals:
         if self.caught:
             raise Failure(f"stopped by {STOPPING[self.caught]}", SIGNALLED + self.caught)
 
+    def pending(self) -> int:
+        """Tell SQLite whether to stop; a callback for sqlite3_progress_handler."""
+        for _ in range(2):  # PyPy runs signal handlers only where a loop goes round
+            pass
+        return self.caught
+
     def __enter__(self) -> None:
         self.open = True
         self.check()
@@ -1165,6 +1171,7 @@ def write_out(texts: Iterable[str], target: str = "") -> None:
         try:
             with file:
                 for text in texts:
+                    SIGNALS.check()
                     write_all(file, text.encode())
             os.replace(part, path)
         except BaseException:
@@ -1176,9 +1183,10 @@ def write_out(texts: Iterable[str], target: str = "") -> None:
     out = open(target, "wb") if target else sys.stdout.buffer
     try:
         for text in texts:
-            write_all(out, text.encode())
+            with SIGNALS:  # the reader may be slow
+                write_all(out, text.encode())
         out.flush()
-    except OSError:  # what is still in the buffer would fail again when Python ends
+    except (OSError, Failure):  # what is still in the buffer would fail or wait again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         raise
 
@@ -1203,7 +1211,7 @@ def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: 
         patiently(lambda: db.execute("SELECT count(*) FROM sqlite_master").fetchone(), time.monotonic() + timeout)
         db.execute("PRAGMA query_only = ON")
         db.set_authorizer(authorize)
-        db.set_progress_handler(lambda: SIGNALS.caught, STEPS_BETWEEN_CHECKS)
+        db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
         result = action(db)
     finally:
         db.close()
@@ -1349,10 +1357,9 @@ def query(options: Options) -> None:
     def answer(db: sqlite3.Connection) -> None:
         cursor = db.cursor()
         try:
-            with SIGNALS:
-                ask(cursor, sql, parameters)
-                write_out(formatted(cursor, options.last("--format", "csv"), options.last("--null", ""),
-                                    "--no-header" not in options.flags), options.last("--output", ""))
+            ask(cursor, sql, parameters)
+            write_out(formatted(cursor, options.last("--format", "csv"), options.last("--null", ""),
+                                "--no-header" not in options.flags), options.last("--output", ""))
         except (sqlite3.Error, UnicodeDecodeError) as error:
             SIGNALS.check()
             raise Failure(why_unanswered(db, str(error))) from None

@@ -197,6 +197,16 @@ def test_a_signal_stops_an_endless_query(filled, tmp_path, sql, number):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.db"]
 
 
+def test_a_signal_while_the_reader_of_the_pipe_is_slow(filled):
+    with subprocess.Popen([sys.executable, DBTOOL, "query", filled, ENDLESS + "i FROM n"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as child:
+        child.stdout.read(1)
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == 130
+        assert child.stderr.read() == f"dbtool: {filled}: stopped by SIGINT\n".encode()
+
+
 @pytest.mark.parametrize("unbuffered", [None, "1"])
 @pytest.mark.parametrize("style", ["csv", "jsonl", "table"])
 def test_a_closed_pipe_is_silent(filled, unbuffered, style):
@@ -241,9 +251,11 @@ def as_nobody(action):
         status = 99
         try:
             status = action()
+        except BaseException as error:
+            print(repr(error))
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        finally:
             os._exit(status)
     os.close(write)
     with open(read) as file:
@@ -285,17 +297,13 @@ def test_query_without_rights(filled, public, writer, journal):
 
 def test_query_reads_what_a_killed_writer_left(filled, public):
     """Committed rows that are only in the -wal file are part of the answer."""
-    for left in ("-wal", "-shm"):
-        path = public / "results.db"
-        child = os.fork()
-        if child == 0:
-            db = sqlite3.connect(path, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("CREATE TABLE IF NOT EXISTS t (x)")
-            db.execute("INSERT INTO t VALUES (1)")
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert os.path.exists(f"{path}{left}")
+    path = public / "results.db"
+    writer = ("import os, signal, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+              " db.execute('PRAGMA journal_mode = WAL').fetchall(); db.execute('CREATE TABLE IF NOT EXISTS t (x)');"
+              " db.execute('INSERT INTO t VALUES (1)'); os.kill(os.getpid(), signal.SIGKILL)")
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", writer, path], check=False).returncode == -signal.SIGKILL
+    assert os.path.getsize(f"{path}-wal")
     assert asked_by_nobody(path, "SELECT sum(x) FROM t") == (0, "2\n")
 
 
