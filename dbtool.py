@@ -499,7 +499,7 @@ def as_failure(error: Exception, path: str) -> Failure:
     if "disk is full" in text or "disk I/O error" in text:
         return Failure(f"{text}; mend that and try again", TRY_AGAIN)
     folder = os.path.dirname(path)
-    if "unable to open" in text:
+    if "unable to open" in text or "Could not open" in text:  # the latter is PyPy's
         if os.path.isdir(path):
             text = "is a folder; name a file in it"
         elif not os.path.isdir(folder):
@@ -1319,6 +1319,7 @@ def insert(options: Options) -> None:
             raise  # a bug, or no memory left
         failure = as_failure(error, options.path)
         if where.startswith("the input is kept"):
+            where = where.replace(options.path, options.name)
             where += f"; when that is mended, run: dbtool.py retry {options.name}"
         raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
 
@@ -1391,7 +1392,7 @@ def retry(options: Options) -> None:
         except (Failure, sqlite3.Error, OSError) as error:
             failure = as_failure(error, options.path)
             status = max(status, failure.status)
-            report(f"{options.name}: {path}: {failure}")
+            report(f"{options.name}: {path.replace(options.path, options.name)}: {failure}")
             if failure.status >= TRY_AGAIN:  # the other files would fare no better
                 break
         else:

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 
-import dbtool
 import pytest
 from conftest import DBTOOL, RECORD, need, process
+
+import dbtool
 
 
 @pytest.fixture
