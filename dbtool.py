@@ -10,6 +10,10 @@ Commands (each has its own --help):
     insert_manual  store one row, each column given as a flag
     query          print the answer to an SQL question as CSV
     retry          store what insert had to keep aside
+    merge          add the rows of other files that this one does not have
+    snapshot       make a consistent copy while others write
+    migrate        bring a file to the columns of schema.sql
+    schema         print the columns, and how a file differs
 
 The columns are those of schema.sql, beside this script. Many processes may insert at once. A result
 that reached standard input is never lost: it is a row, or in a file that the message names.
@@ -24,7 +28,6 @@ import codecs
 import io
 import itertools
 import os
-import sqlite3
 import stat
 import sys
 import time
@@ -32,13 +35,16 @@ import time
 TYPE_CHECKING = False  # what `typing` calls it; importing typing would cost a tenth of an insert's time
 if TYPE_CHECKING:
     import signal
+    import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
     from typing import Any, BinaryIO, TypeVar
 
     Result = TypeVar("Result")
 else:
-    import _signal as signal  # all of `signal` but its enums, which take as long to import as half of SQLite
+    # The C halves: `signal` adds enums, and `sqlite3` dates, that nothing here needs; they would double the imports.
+    import _signal as signal
+    import _sqlite3 as sqlite3
 
 __version__ = "0.1.0"
 
@@ -92,14 +98,60 @@ class Signals:
         return self.caught
 
     def __enter__(self) -> None:
-        self.open = True
         self.check()
+        self.open = True
+        if self.caught:  # between the two
+            self.open = False
+            self.check()
 
     def __exit__(self, *_: object) -> None:
         self.open = False
 
 
 SIGNALS = Signals()
+
+
+def report(message: str) -> None:
+    PROGRESS.clear()
+    if message:
+        complain(f"dbtool: {' '.join(message.splitlines())}\n")
+
+
+def complain(text: str) -> None:
+    """Write to standard error, if there is any: a message that can't be shown must not stop the work."""
+    try:
+        if sys.stderr:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+    except OSError:
+        pass
+
+
+class Progress:
+    """A line on a terminal that tells how far long work has got. Elsewhere, and in the first second, nothing."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.next = self.start + 1.0 if sys.stderr and sys.stderr.isatty() else float("inf")
+        self.shown = False
+
+    def show(self, text: str, share: float = 0.0) -> None:
+        """Show *text* and, if the *share* that is done is known, percent and time left."""
+        now = time.monotonic()
+        if now >= self.next:
+            self.next, self.shown = now + 0.2, True
+            left = int((now - self.start) * (1 / share - 1)) if share else 0
+            ending = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else f", {int(now - self.start)} s"
+            sys.stderr.write(f"\r\x1b[K{text}{ending}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+            self.shown = False
+
+
+PROGRESS = Progress()
 
 
 # ---------------------------------------------------------------------------------------------- schema
@@ -117,7 +169,16 @@ class Column:
         self.affinity = affinity(self.type)
         self.generated = hidden > 1
         self.nullable = not not_null
-        self.needed = self.default is None and not self.generated and not (self.key and rowid_alias)
+        self.rowid = bool(self.key and rowid_alias)
+        self.needed = self.default is None and not self.generated and not self.rowid
+
+
+    def same_as(self, other: Column) -> bool:
+        return self.in_words() == other.in_words()
+
+    def in_words(self) -> str:
+        default = "" if self.default is None else f" DEFAULT {' '.join(self.default.split())}"
+        return f"{self.type}{'' if self.nullable else ' NOT NULL'}{default}".strip() or "any type"
 
 
 class Schema:
@@ -149,13 +210,17 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def columns_of(db: sqlite3.Connection, table: str) -> list[Column]:
+def columns_of(db: sqlite3.Connection, table: str, database: str = "main") -> list[Column]:
     """Return the columns of *table*, none if there is no such table."""
-    rows = db.execute(f"PRAGMA table_xinfo({quote(table)})").fetchall()
-    indexes = db.execute(f"PRAGMA index_list({quote(table)})").fetchall()
+    rows = db.execute(f"PRAGMA {database}.table_xinfo({quote(table)})").fetchall()
+    indexes = db.execute(f"PRAGMA {database}.index_list({quote(table)})").fetchall()
     # An INTEGER PRIMARY KEY needs no index of its own, as it is the rowid.
     rowid_alias = not any(index[3] == "pk" for index in indexes)
     return [Column(row, rowid_alias) for row in rows]
+
+
+MADE = ("SELECT type, name, sql FROM sqlite_master"
+        " WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY rowid")
 
 
 def read_schema(path: str | None = None, table: str | None = None) -> Schema:
@@ -171,18 +236,20 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
     try:
         with open(path, encoding="utf-8") as file:
             db.executescript(file.read())
-        made = db.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"
-                          " AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY rowid").fetchall()
+        made = db.execute(MADE).fetchall()
         tables = [name for kind, name, _ in made if kind == "table"]
         if table is None and len(tables) != 1:
-            raise Failure(f"{path}: has {len(tables)} tables ({', '.join(tables)}); name one with --table")
+            raise Failure(f"{path}: has tables {', '.join(tables)}; name one with --table" if tables else
+                          f"{path}: has no CREATE TABLE")
         if table is not None and table not in tables:
             raise Failure(f"{path}: no table {table}; it has {', '.join(tables) or 'none'}")
         table = table or tables[0]
         return Schema(path, table, columns_of(db, table), made)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; name the schema with --schema FILE or DBTOOL_SCHEMA") from None
-    except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise Failure(f"{path}: is not SQL text in UTF-8") from None
+    except (sqlite3.Error, sqlite3.Warning) as error:
         raise Failure(f"{path}: {error}") from None
     finally:
         db.close()
@@ -431,7 +498,7 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
                 count += 1
                 yield record
                 allowed = TOP if allowed is TOP else NEXT
-        elif skip_text and (start := line_start(text, position)) is not None:
+        elif skip_text and char != "\ufeff" and (start := line_start(text, position)) is not None:
             end = min((at for at in (text.find("\n", position), text.find("\r", position)) if at >= 0), default=-1)
             if end < 0 and not ended and more():
                 continue
@@ -493,7 +560,7 @@ def as_failure(error: Exception, path: str) -> Failure:
         import errno
 
         status = TRY_AGAIN if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else REFUSED
-        return Failure(f"{error.filename or path}: {error.strerror}", status)
+        return Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), status)
     if isinstance(error, sqlite3.Error) and is_busy(error):
         return Failure("locked by another process; try again, or wait longer with --timeout", TRY_AGAIN)
     if "disk is full" in text or "disk I/O error" in text:
@@ -534,23 +601,73 @@ def patiently(action: Callable[[], Result], deadline: float) -> Result:
         nap = min(2 * nap, LOCK_NAP_S)
 
 
+# Where several hosts may see one file. WAL needs memory that all its users share, which hosts don't:
+# sqlite.org/wal.html. A rollback journal needs only locks.
+NETWORK = frozenset((
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fhgfs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs",
+    "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4",
+    "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "vboxsf", "virtiofs", "wekafs"))
+
+
+def file_system(path: str, mountinfo: str) -> str:
+    """Return the type of the file system that holds *path*, by the text of /proc/self/mountinfo (proc(5)), or ''."""
+    found, kind = "", ""
+    for line in mountinfo.splitlines():
+        fields, _, source = line.partition(" - ")
+        point = fields.split(" ")[4]
+        for code, char in (("040", " "), ("011", "\t"), ("012", "\n"), ("134", "\\")):
+            point = point.replace("\\" + code, char)
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(found):  # of two at one place, the later one hides the other
+            found, kind = point, source.split(" ")[0]
+    return kind
+
+
+def wanted_journal(path: str) -> tuple[str, str]:
+    """Return the journal mode for the file at *path*, wal or delete, and its file system if that is the reason."""
+    mode = os.environ.get("DBTOOL_JOURNAL", "").lower()
+    if mode in ("wal", "delete"):
+        return mode, ""
+    if mode:
+        raise Failure(f"DBTOOL_JOURNAL is {shown(mode)}; it takes wal or delete", USAGE)
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            kind = file_system(path, file.read())
+    except OSError:  # not Linux
+        kind = ""
+    return ("delete", kind) if kind in NETWORK else ("wal", "")
+
+
 def connect_to_write(path: str, schema: Schema, deadline: float) -> sqlite3.Connection:
     """Open or create the results file at *path* and begin a transaction that holds the write lock."""
     db = sqlite3.connect(path, timeout=0, isolation_level=None)
+    db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
 
     def one(sql: str) -> Any:
         return patiently(lambda: db.execute(sql).fetchone(), deadline)[0]
 
     try:
-        if one("SELECT count(*) FROM sqlite_master"):
-            check_columns(patiently(lambda: columns_of(db, schema.table), deadline), schema)
-        if one("PRAGMA journal_mode") != "wal":
-            one("PRAGMA journal_mode = WAL")
+        journal, network = wanted_journal(path)
+        is_new = not one("SELECT count(*) FROM sqlite_master")
+        if one("PRAGMA journal_mode") != journal:
+            if not is_new:
+                check_columns(columns_of(db, schema.table), schema)  # another program's file is left as it is
+            try:
+                one(f"PRAGMA journal_mode = {journal}")
+                is_new = True
+            except sqlite3.OperationalError:
+                if journal == "wal":
+                    raise  # else others are using it; one of the next inserts will switch it
         db.execute("PRAGMA synchronous = FULL")
         patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
-        if not one("SELECT count(*) FROM sqlite_master"):
+        if one("SELECT count(*) FROM sqlite_master"):
+            check_columns(columns_of(db, schema.table), schema)
+        else:
             for _, _, sql in schema.made:
                 db.execute(sql)
+        if network and is_new:
+            report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
+                   " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
         return db
     except BaseException:
         db.close()
@@ -596,6 +713,8 @@ class Plan:
 def insert_statement(table: str, names: Iterable[str], on_conflict: str) -> str:
     # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
     quoted = [quote(name) for name in names]
+    if not quoted:
+        return f"INSERT INTO {quote(table)} DEFAULT VALUES"
     return (f"INSERT{' OR REPLACE' if on_conflict == 'replace' else ''} INTO {quote(table)} ({', '.join(quoted)})"
             f" VALUES ({', '.join('?' * len(quoted))}){' ON CONFLICT DO NOTHING' if on_conflict == 'skip' else ''}")
 
@@ -646,27 +765,38 @@ class Rows:
     def refusal(self, error: Exception) -> Failure:
         return Failure(f"record {self.number}: {why_refused(self.schema, self.record, error)}")
 
-    def insert(self, db: sqlite3.Connection, first: Sequence[Any]) -> dict[str, Any]:
-        """Insert the row *first* and all that follow; return the claim.
+    def insert(self, db: sqlite3.Connection, first: tuple[str, Sequence[Any]]) -> dict[str, Any]:
+        """Insert *first* and all pairs that follow; return the claim.
 
-        The claim is the first row with its key (given, worked out from the column's default, or the
-        rowid). As a transaction happens whole or not at all, the claim tells later whether it happened.
+        The claim is the first row that was not there before, with its key: given, worked out from
+        the column's default, or the rowid. As a transaction happens whole or not at all, the claim
+        tells later whether it happened. If all rows were there, it is empty: doing it again is harmless.
         """
-        table, key = self.schema.table, self.schema.key
-        claim = dict(zip(self.record, first))
+        claim: dict[str, Any] = {}
         try:
-            for column in key:
-                if column.name not in claim and column.default is not None:
-                    claim[column.name] = db.execute(f"SELECT {column.default}").fetchone()[0]
-            cursor = db.execute(insert_statement(table, claim, self.on_conflict), list(claim.values()))
-            if not key or any(column.name not in claim for column in key):
-                claim["_rowid_"] = cursor.lastrowid
+            for _, row in itertools.chain([first], self.pairs):
+                claim = self.insert_claimed(db, dict(zip(self.record, row)))
+                if claim:
+                    break
             for sql, group in itertools.groupby(self.pairs, lambda pair: pair[0]):
                 db.executemany(sql, (row for _, row in group))
         except (ValueError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError,
                 sqlite3.ProgrammingError) as error:
             raise self.refusal(error) from None
         return claim
+
+    def insert_claimed(self, db: sqlite3.Connection, row: dict[str, Any]) -> dict[str, Any]:
+        """Insert one row; return it with its key, or nothing if a row with that key was there before."""
+        schema = self.schema
+        for column in schema.key:
+            if column.name not in row and column.default is not None:
+                row[column.name] = db.execute(f"SELECT {column.default}").fetchone()[0]
+        key = {column.name: row[column.name] for column in schema.key if column.name in row}
+        known = self.on_conflict != "fail" and bool(key) and holds(db, schema, key)
+        cursor = db.execute(insert_statement(schema.table, row, self.on_conflict), list(row.values()))
+        if known or cursor.rowcount == 0:
+            return {}
+        return row if schema.key and len(key) == len(schema.key) else {**row, "_rowid_": cursor.lastrowid}
 
 
 def why_refused(schema: Schema, record: Mapping[str, Any], error: Exception) -> str:
@@ -683,35 +813,55 @@ def why_refused(schema: Schema, record: Mapping[str, Any], error: Exception) -> 
     return str(error)
 
 
-def store(path: str, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str = "fail",
-          timeout: float = LOCK_TIMEOUT_S, is_stored: Callable[[sqlite3.Connection], bool] = lambda db: False,
+def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[sqlite3.Connection], bool] = lambda db: False,
           before_commit: Callable[[dict[str, Any]], object] = lambda claim: None) -> int:
-    """Insert records into the results file at *path*, all or none; return how many came.
+    """Insert *rows* into the file at *path*, all or none; return how many came.
 
-    *on_conflict* says what to do when a row's key is there already: fail, skip or replace.
-    *timeout* is in seconds. Within the transaction, *is_stored* may tell that nothing is left to do, and
-    *before_commit* learns the claim. Raises sqlite3.Error, or Failure, which carries the claim if
-    COMMIT failed: what was written may come to light all the same.
+    Within the transaction, *is_stored* may tell that nothing is left to do, and *before_commit*
+    learns the claim. Raises sqlite3.Error, or Failure, which carries the claim if COMMIT failed:
+    what was written may come to light all the same.
     """
     deadline = time.monotonic() + timeout
-    rows = Rows(schema, incoming, on_conflict)
     first = next(rows.pairs, None)  # before the file is touched: the producer may be slow, or the record bad
     if first is None:
         return 0
-    db = connect_to_write(path, schema, deadline)
+    db = connect_to_write(path, rows.schema, deadline)
     try:
         if is_stored(db):
             return 0
-        claim = rows.insert(db, first[1])
-        before_commit(claim)
-        try:
-            patiently(lambda: db.execute("COMMIT"), deadline)
-        except sqlite3.Error as error:
-            failure = as_failure(error, path)
-            raise Failure(str(failure), failure.status, claim) from None
+        claim = rows.insert(db, first)
+        if claim:
+            before_commit(claim)
+        commit(db, path, deadline, claim)
         return rows.number
+    except sqlite3.OperationalError:
+        SIGNALS.check()
+        raise
     finally:
         db.close()  # without COMMIT, this rolls back
+
+
+def commit(db: sqlite3.Connection, path: str, deadline: float, claim: dict[str, Any] | None = None) -> None:
+    db.set_progress_handler(None, 0)  # from here on, a signal comes too late
+    try:
+        patiently(lambda: db.execute("COMMIT"), deadline)
+    except sqlite3.Error as error:
+        failure = as_failure(error, path)
+        raise Failure(str(failure), failure.status, claim) from None
+
+
+def insert(database: str, incoming: Iterable[Mapping[str, Any]], schema: Schema | None = None,
+           on_conflict: str = "fail", timeout: float = LOCK_TIMEOUT_S) -> int:
+    """Insert records, whose keys are columns, into the file *database*, all or none; return how many.
+
+    *on_conflict* says what to do with a key that is there: fail, skip or replace; *timeout* is in
+    seconds. Raises Failure. Unlike the command, it keeps nothing aside: the caller has the records.
+    """
+    path = os.path.realpath(database)
+    try:
+        return store(path, Rows(schema or read_schema(), incoming, on_conflict), timeout)
+    except sqlite3.Error as error:
+        raise as_failure(error, path) from None
 
 
 def holds(db: sqlite3.Connection, schema: Schema, claim: Mapping[str, Any]) -> bool:
@@ -735,7 +885,7 @@ class Input:
     def __init__(self, stream: BinaryIO | None, places: Iterator[str]) -> None:
         self.stream, self.places = stream, places
         self.copy: Any = io.BytesIO()
-        self.part = ""  # the path of the copy, when it is a file
+        self.part = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
         self.start, self.size = 0, 0
         self.is_file = False
         try:
@@ -778,7 +928,7 @@ class Input:
         arriving = self.arriving()
         if skip_text:
             try:
-                for _ in records(self.chunks() if self.is_file else arriving, True, show_text):
+                for _ in records(self.chunks() if self.is_file else arriving, True, complain):
                     pass
             except Failure as failure:  # a bad record is reported when it is its turn to be stored
                 if failure.status != REFUSED:
@@ -810,31 +960,38 @@ class Input:
     def move(self) -> None:
         """Copy what is held to a file at the next place, or back into memory when none is left."""
         old, old_part = self.copy, self.part
+        copy: Any
         for path in self.places:
+            part, copy = "", None
             try:
-                self.part, self.copy = new_part(path)
-                copy_bytes(old, self.copy, self.size)
+                part, copy = new_part(path)
+                copy_bytes(old, self.start, copy, self.size)
                 break
             except OSError:
-                self.discard()
+                if copy:
+                    copy.close()
+                    remove(part)
+                remove_kept_folder(path)
         else:
-            self.part, self.copy = "", io.BytesIO()
-            copy_bytes(old, self.copy, self.size)
+            path, part, copy = "", "", io.BytesIO()
+            copy_bytes(old, self.start, copy, self.size)
+        self.final, self.part, self.copy, self.start = path, part, copy, 0
         old.close()
         if old_part:
-            os.unlink(old_part)
+            remove(old_part)
+            remove_kept_folder(old_part)
 
     def discard(self) -> None:
         """Forget the copy: it is stored, or is elsewhere."""
         if self.part:
             self.copy.close()
-            os.unlink(self.part)
+            remove(self.part)
             remove_kept_folder(self.part)
             self.part = ""
 
     def keep(self, claim: dict[str, Any] | None = None) -> str:
         """Bring what is held to a safe place; return where that is, as a message says it, or nothing."""
-        if self.is_file:
+        if self.is_file and not claim:  # with one, running it again might store it twice
             return "standard input is a file, so nothing is lost: run this again"
         if not self.size:
             return ""
@@ -847,21 +1004,15 @@ class Input:
                 sys.stderr.buffer.flush()
                 return "the input could not be kept in any file and stands above"
             try:
-                path = final_path(self.part)
                 os.fsync(self.copy.fileno())
                 if claim:
-                    write_claim(path, claim)
-                os.rename(self.part, path)
+                    write_claim(self.final, claim)
+                os.rename(self.part, self.final)
                 self.part = ""
-                sync_folder(path)
-                return f"the input is kept in {path}"
+                sync_folder(self.final)
+                return f"the input is kept in {self.final}"
             except OSError:
                 self.move()
-
-
-def show_text(line: str) -> None:
-    sys.stderr.write(line)
-    sys.stderr.flush()
 
 
 def write_all(file: Any, data: bytes) -> None:
@@ -870,8 +1021,8 @@ def write_all(file: Any, data: bytes) -> None:
         view = view[file.write(view):]
 
 
-def copy_bytes(source: Any, target: Any, size: int) -> None:
-    source.seek(0)
+def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
+    source.seek(start)
     while size:
         data = source.read(min(CHUNK_BYTES, size))
         write_all(target, data)
@@ -909,23 +1060,26 @@ def spare_prefix(path: str) -> str:
 def new_part(path: str) -> tuple[str, io.FileIO]:
     """Create the temporary file that is to become *path*; return its path, and it, open for writing."""
     folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.part")
-    while True:
+    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    for _ in range(100):
         if folder.endswith("-kept") and not os.path.isdir(folder):
             try:
                 os.mkdir(folder)
             except FileExistsError:  # another process was faster
                 pass
         try:
-            return part, io.FileIO(part, "x+")
+            return part, io.FileIO(part, "w+")
         except FileNotFoundError:
             if not folder.endswith("-kept"):
-                raise  # but for a retry that removed the folder just now
+                break  # else a retry may have removed the folder just now
+    raise FileNotFoundError(2, "No such file or directory", folder)
 
 
-def final_path(part: str) -> str:
-    folder, name = os.path.split(part)
-    return os.path.join(folder, name[1:-len(".part")])
+def remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def remove_kept_folder(path: str) -> None:
@@ -950,7 +1104,7 @@ def write_claim(path: str, claim: Mapping[str, Any]) -> None:
     """Write beside the kept file at *path* which row shows that it is stored."""
     import json
 
-    text = json.dumps({name: value for name, value in claim.items() if not isinstance(value, bytes)})
+    text = json.dumps(claim, default=lambda blob: {"$hex": blob.hex()})
     part = path + ".claim.part"
     with open(part, "wb", buffering=0) as file:
         write_all(file, text.encode())
@@ -964,7 +1118,8 @@ def read_claim(path: str) -> dict[str, Any] | None:
 
     try:
         with open(path + ".claim", encoding="utf-8") as file:
-            return dict(json.load(file))
+            claim = dict(json.load(file))
+            return {name: structure(value) if isinstance(value, dict) else value for name, value in claim.items()}
     except FileNotFoundError:
         return None
 
@@ -972,7 +1127,8 @@ def read_claim(path: str) -> dict[str, Any] | None:
 def kept_files(path: str) -> list[str]:
     """Return the files kept for the database at *path*, oldest first."""
     found = []
-    for folder, prefix in [(path + "-kept", ""), *((folder, spare_prefix(path)) for folder in spare_folders())]:
+    spare = dict.fromkeys([*spare_folders(), os.path.dirname(path)])
+    for folder, prefix in [(path + "-kept", ""), *((folder, spare_prefix(path)) for folder in spare)]:
         try:
             names = os.listdir(folder)
         except OSError:
@@ -1045,20 +1201,24 @@ def percentile(values: list[float], percent: float = 50.0) -> float | None:
         return None
     place = (len(values) - 1) * percent / 100
     low = int(place)
-    if place == low:
+    if place == low or values[low] == values[low + 1]:
         return values[low]
     return values[low] + (values[low + 1] - values[low]) * (place - low)
 
 
 def stddev(values: list[float]) -> float | None:
-    """Return the standard deviation of a sample, divided by n - 1; None for fewer than two values."""
+    """Return the standard deviation of a sample, divided by n - 1; None for fewer than two, or for infinite, values."""
     import statistics
 
-    return statistics.stdev(values) if len(values) > 1 else None
+    return statistics.stdev(values) if len(values) > 1 and not any(value - value for value in values) else None
 
 
 def batches(cursor: sqlite3.Cursor) -> Iterator[list[tuple[Any, ...]]]:
-    return iter(lambda: cursor.fetchmany(ROWS_AT_ONCE), [])
+    count = 0
+    for rows in iter(lambda: cursor.fetchmany(ROWS_AT_ONCE), []):
+        yield rows
+        count += len(rows)
+        PROGRESS.show(f"{count:,} rows")
 
 
 def delimited(cursor: sqlite3.Cursor, delimiter: str, null: str, header: bool) -> Iterator[str]:
@@ -1162,40 +1322,52 @@ def formatted(cursor: sqlite3.Cursor, style: str, null: str = "", header: bool =
         yield from delimited(cursor, "\t" if style == "tsv" else ",", null, header)
 
 
-def write_out(texts: Iterable[str], target: str = "") -> None:
+def write_out(texts: Iterable[str | bytes], target: str = "") -> None:
     """Write *texts* as UTF-8 to standard output, or to the file *target*, which appears when it is whole."""
-    path = os.path.realpath(target)
-    device = target.startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
-    if target and not device:
-        part, file = new_part(path)
-        try:
-            with file:
-                for text in texts:
-                    SIGNALS.check()
-                    write_all(file, text.encode())
-            os.replace(part, path)
-        except BaseException:
-            os.unlink(part)
-            raise
-        return
     if not target and sys.stdout is None:
         raise Failure("standard output is closed")
-    out = open(target, "wb") if target else sys.stdout.buffer
+    path = os.path.realpath(target)
+    device = os.path.exists(target) and not os.path.isfile(target)
+    part, out = "", sys.stdout.buffer if not target else None
     try:
+        if out is None and device:
+            out = open(target, "wb")
+        elif out is None:
+            part, out = new_part(path)
         for text in texts:
             with SIGNALS:  # the reader may be slow
-                write_all(out, text.encode())
+                write_all(out, text.encode() if isinstance(text, str) else text)
         out.flush()
-    except (OSError, Failure):  # what is still in the buffer would fail or wait again when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        raise
+        if part:
+            out.close()
+            os.replace(part, path)
+            part = ""
+    except (OSError, Failure) as error:
+        if out and not part:  # what is still in the buffer would fail or wait again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if isinstance(error, (Failure, BrokenPipeError)):
+            raise
+        failure = as_failure(OSError(error.errno, error.strerror), path)
+        raise Failure(f"{target or 'standard output'}: {failure}", failure.status) from None
+    finally:
+        if part:
+            os.unlink(part)
+
+
+def refuse_database(path: str, target: str) -> None:
+    """Raise Failure if writing *target* would destroy a database: this one, its parts, or another."""
+    final = os.path.realpath(target)
+    if target and os.path.isfile(final):
+        with open(final, "rb") as file:
+            if file.read(16) == b"SQLite format 3\0" or final.startswith((path + "-wal", path + "-shm")):
+                raise Failure(f"{target} is a database; name another file for the output")
 
 
 # -------------------------------------------------------------------------------------------- reading
 
 
-def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: float = LOCK_TIMEOUT_S) -> Result:
-    """Return action(db), with a connection to the file at *path* that cannot write and leaves no files behind."""
+def uri_to_read(path: str) -> tuple[str, Callable[[], None]]:
+    """Return the URI that opens the file at *path* without changing it, and what to call once it is closed."""
     if not os.path.isfile(path):
         raise Failure("is a folder; name a file in it" if os.path.isdir(path) else "there is no such file")
     had_wal = bool(os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"))
@@ -1205,21 +1377,46 @@ def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: 
         is_wal = file.read(19)[18:] == b"\2"
     frozen = is_wal and not had_wal and not (os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK))
     before = os.stat(path)
-    uri = "file://" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    db = sqlite3.connect(uri + ("?immutable=1" if frozen else "?mode=ro"), uri=True, timeout=0, isolation_level=None)
-    try:
-        patiently(lambda: db.execute("SELECT count(*) FROM sqlite_master").fetchone(), time.monotonic() + timeout)
-        db.execute("PRAGMA query_only = ON")
-        db.set_authorizer(authorize)
-        db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
-        result = action(db)
-    finally:
-        db.close()
+
+    def closed() -> None:
         if not frozen and not had_wal and os.path.exists(path + "-wal"):
             remove_wal(path)
-    after = os.stat(path)
-    if frozen and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-        raise Failure("changed while it was read; run this again", TRY_AGAIN)
+        after = os.stat(path)
+        if frozen and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            raise Failure("changed while it was read; run this again", TRY_AGAIN)
+
+    return file_uri(path) + ("?immutable=1" if frozen else "?mode=ro"), closed
+
+
+def file_uri(path: str) -> str:
+    return "file://" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: float = LOCK_TIMEOUT_S,
+            guarded: bool = True) -> Result:
+    """Return action(db), with a connection to the file at *path* that cannot write and leaves no files behind.
+
+    Unless *guarded*, the connection may create other files.
+    """
+    uri, closed = uri_to_read(path)
+    db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    try:
+        patiently(lambda: db.execute("SELECT count(*) FROM sqlite_master").fetchone(), time.monotonic() + timeout)
+        db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
+        if guarded:
+            db.execute("PRAGMA query_only = ON")
+            db.set_authorizer(authorize)
+        result = action(db)
+    except BaseException as error:
+        db.close()
+        try:
+            closed()
+        except Failure:
+            pass  # the first one is the reason
+        SIGNALS.check()
+        raise error from None
+    db.close()
+    closed()
     return result
 
 
@@ -1242,11 +1439,37 @@ def ask(cursor: sqlite3.Cursor, sql: str, parameters: Mapping[str, Any] | Sequen
     db.create_aggregate("stddev", 1, lambda: Numbers(stddev))
     try:
         cursor.execute(sql, parameters)
-    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
         SIGNALS.check()
-        raise Failure(why_unanswered(db, str(error))) from None
+        raise unanswered(db, error) from None
     if cursor.description is None:
         raise Failure("the SQL asks for nothing; write a SELECT")
+
+
+def query(database: str, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = (),
+          timeout: float = LOCK_TIMEOUT_S) -> list[dict[str, Any]]:
+    """Return the rows that answer one SQL question, as dictionaries; nothing can be written. Raises Failure."""
+
+    def answer(db: sqlite3.Connection) -> list[dict[str, Any]]:
+        cursor = db.cursor()
+        try:
+            ask(cursor, sql, parameters)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor]
+        finally:
+            cursor.close()
+
+    path = os.path.realpath(database)
+    try:
+        return reading(path, answer, timeout)
+    except sqlite3.Error as error:
+        raise as_failure(error, path) from None
+
+
+def unanswered(db: sqlite3.Connection, error: Exception) -> Failure:
+    """Return why a query failed: the machine's fault, or the question's."""
+    failure = as_failure(error, "")
+    return failure if failure.status == TRY_AGAIN else Failure(why_unanswered(db, str(error)))
 
 
 def why_unanswered(db: sqlite3.Connection, text: str) -> str:
@@ -1263,19 +1486,292 @@ def why_unanswered(db: sqlite3.Connection, text: str) -> str:
     return text
 
 
+# ---------------------------------------------------------------------------------------- whole files
+
+
+def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_S,
+          watch: Callable[[], object] = lambda: None) -> tuple[int, int, int]:
+    """Add the rows of the file at *source* to the one at *path*, by primary key, in one transaction.
+
+    Return how many were added, how many were known, and how many of those have other values there.
+    """
+    if not schema.key or any(column.rowid for column in schema.key):
+        raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
+                      " means different rows; merge needs a primary key that is unique everywhere")
+    deadline = time.monotonic() + timeout
+    uri, closed = uri_to_read(source)
+    if os.path.exists(path) and os.path.samefile(path, source):
+        raise Failure("is the very file to merge into")
+    db = connect_to_write(path, schema, deadline)
+    db.execute("COMMIT")  # a new file has its table now
+    db.close()
+    db = sqlite3.connect(file_uri(path) + "?mode=rw", uri=True, timeout=0, isolation_level=None)
+    try:
+
+        def watched() -> int:
+            watch()
+            return SIGNALS.pending()
+
+        db.set_progress_handler(watched, STEPS_BETWEEN_CHECKS)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("ATTACH ? AS source", (uri,))
+        found = {column.name for column in patiently(lambda: columns_of(db, schema.table, "source"), deadline)}
+        if not found:
+            raise Failure(f"has no table {schema.table}")
+        names = [column.name for column in schema.columns if column.name in found and not column.generated]
+        check_names(schema, [*names, *(found - {column.name for column in schema.columns})])
+        table, key = quote(schema.table), [quote(column.name) for column in schema.key]
+        columns = ", ".join(map(quote, names))
+        patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
+        (total,) = patiently(lambda: db.execute(f"SELECT count(*) FROM source.{table}").fetchone(), deadline)
+        # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
+        added = db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM source.{table} WHERE true"
+                           f" ON CONFLICT ({', '.join(key)}) DO NOTHING").rowcount
+        different = 0
+        if added < total:
+            (different,) = db.execute(
+                f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS m USING ({', '.join(key)}) WHERE"
+                f" ({', '.join('s.' + quote(n) for n in names)}) IS NOT ({', '.join('m.' + quote(n) for n in names)})"
+            ).fetchone()
+        commit(db, path, deadline)
+    except sqlite3.OperationalError:
+        SIGNALS.check()
+        raise
+    finally:
+        db.close()
+    closed()
+    return added, total - added, different
+
+
+def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
+    """Copy the file at *path* to *target*: a path, compressed if it ends in .gz or .xz, or - for standard output."""
+    import shutil
+    import tempfile
+
+    if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
+        raise Failure("is the very file to copy")
+    if target != "-" and os.path.exists(target + "-wal"):
+        raise Failure(f"{target} is in use as a database; name another file")
+    final = os.path.join(tempfile.gettempdir(), f"dbtool-{os.getpid()}.db") if target == "-" else target
+    compressed = final.endswith((".gz", ".xz"))
+    part, file = new_part(final + ".copy" if compressed else final)
+    packed = ""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+
+    def copy(db: sqlite3.Connection) -> None:
+        def watched() -> int:
+            PROGRESS.show("copying", min(0.99, os.path.getsize(part) / size))
+            return SIGNALS.pending()
+
+        db.set_progress_handler(watched, STEPS_BETWEEN_CHECKS)
+        db.execute("VACUUM INTO ?", (part,))
+
+    try:
+        file.close()
+        reading(path, copy, timeout, guarded=False)
+        if target == "-":
+            with open(part, "rb") as whole:
+                write_out(iter(lambda: whole.read(CHUNK_BYTES), b""))
+            return
+        if compressed:
+            packed, out = new_part(final)
+            with out, open(part, "rb") as whole:
+                done, size = 0, os.path.getsize(part)
+                with compressor(final)(out) as pressed:
+                    for data in iter(lambda: whole.read(CHUNK_BYTES), b""):
+                        SIGNALS.check()
+                        pressed.write(data)
+                        done += len(data)
+                        PROGRESS.show("compressing", done / size)
+        ready = packed or part
+        with open(ready, "rb") as whole:
+            os.fsync(whole.fileno())
+        shutil.copymode(path, ready)
+        os.replace(ready, final)
+        sync_folder(final)
+    finally:
+        PROGRESS.clear()
+        for left in (part, packed):
+            if left and os.path.exists(left):
+                os.unlink(left)
+
+
+def compressor(target: str) -> Callable[[Any], Any]:
+    """Return what wraps a binary file to compress what is written to it, by the name of the *target*."""
+    if target.endswith(".gz"):
+        import gzip
+
+        return lambda file: gzip.GzipFile("", "wb", 6, file, mtime=0)
+    import lzma
+
+    return lambda file: lzma.LZMAFile(file, "wb", preset=2)  # the default takes 5 times as long, for 5 % less
+
+
+class Migration:
+    """What brings the table in the open file *db* to the *schema*: `steps`, in words, and how to take them.
+
+    The table is made anew from schema.sql and the rows are copied, as sqlite.org/lang_altertable.html
+    advises for any change: the file then holds the very text of schema.sql.
+    """
+
+    def __init__(self, db: sqlite3.Connection, schema: Schema, drop: Iterable[str], fill: Mapping[str, str]) -> None:
+        self.db, self.schema = db, schema
+        self.old = {column.name: column for column in columns_of(db, schema.table)}
+        self.new = {column.name: column for column in schema.columns}
+        self.made = {name: (kind, sql) for kind, name, sql in db.execute(MADE)}
+        self.wanted = {name: (kind, sql) for kind, name, sql in schema.made}
+        self.fill: dict[str, Any] = {}
+        for name, text in fill.items():
+            if name not in self.new:
+                raise Failure(f"--fill {name}: is no column of {schema.path}{nearest(name, self.new)}", USAGE)
+            self.fill[name] = fit_text(self.new[name], text)
+        self.check_dropped(set(drop))
+        self.steps = [*self.table_steps(), *self.other_steps()]
+
+    def check_dropped(self, drop: set[str]) -> None:
+        gone = [name for name in self.old if name not in self.new]
+        for name in drop:
+            if name not in gone:
+                raise Failure(f"--drop {name}: {self.schema.path} has that column" if name in self.new else
+                              f"--drop {name}: the file has no such column{nearest(name, gone)}", USAGE)
+        kept = [name for name in gone if name not in drop]
+        if kept:
+            raise Failure(f"column {', '.join(kept)} is not in {self.schema.path}; add it there, or drop it for good"
+                          f" with: {' '.join('--drop ' + name for name in kept)}")
+
+    def table_steps(self) -> Iterator[str]:
+        table = self.schema.table
+        if not self.old:
+            yield f"create table {table}"
+            return
+        filled = bool(self.db.execute(f"SELECT 1 FROM {quote(table)} LIMIT 1").fetchone())
+        for name, column in self.new.items():
+            if name not in self.old:
+                if column.needed and not column.nullable and filled and name not in self.fill:
+                    raise Failure(f"column {name} is new, NOT NULL and without a default; say what the old rows"
+                                  f" get: --fill {name}=VALUE")
+                yield f"add column {name} {column.type}".rstrip()
+            elif self.old[name].type.upper() != column.type.upper():
+                yield f"retype column {name} from {self.old[name].type or 'none'} to {column.type or 'none'}"
+        yield from (f"drop column {name}" for name in self.old if name not in self.new)
+        if essence(self.made[table][1]) != essence(self.wanted[table][1]):
+            (count,) = self.db.execute(f"SELECT count(*) FROM {quote(table)}").fetchone()
+            yield f"rewrite table {table}: {count:,} rows"
+
+    def other_steps(self) -> Iterator[str]:
+        for name, (kind, sql) in self.wanted.items():
+            if name != self.schema.table and name not in self.made:
+                yield f"create {kind} {name}"
+            elif kind != "table" and essence(self.made[name][1]) != essence(sql):
+                yield f"replace {kind} {name}"
+
+    def take(self) -> None:
+        """Take the steps in the transaction that is open, with legacy_alter_table on, so that no other SQL changes."""
+        db, table = self.db, quote(self.schema.table)
+        for name, (kind, _) in self.made.items():
+            if kind != "table":
+                db.execute(f"DROP {kind} IF EXISTS {quote(name)}")
+        old = quote(self.schema.table + " before migrate")
+        if self.old:
+            db.execute(f"ALTER TABLE {table} RENAME TO {old}")
+        others = {name for name, (kind, _) in self.made.items() if kind == "table" and name != self.schema.table}
+        for kind, name, sql in self.schema.made:
+            if kind == "table" and name not in others:
+                db.execute(sql)
+        if self.old:
+            names = [name for name, column in self.new.items()
+                     if not column.generated and (name in self.old or name in self.fill)]
+            taken = [(f"coalesce({quote(name)}, ?)" if name in self.fill else quote(name)) if name in self.old else "?"
+                     for name in names]
+            if names:
+                db.execute(f"INSERT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)} FROM {old}",
+                           [self.fill[name] for name in names if name in self.fill])
+            self.check_types()
+            db.execute(f"DROP TABLE {old}")
+        for kind, sql in {**self.made, **self.wanted}.values():
+            if kind != "table":
+                db.execute(sql)
+
+    def check_types(self) -> None:
+        """Raise Failure if a value does not fit the new type of its column."""
+        storage = {"INTEGER": "'integer'", "REAL": "'real'", "TEXT": "'text', 'blob'"}
+        for name, column in self.new.items():
+            if name in self.old and self.old[name].affinity != column.affinity and column.affinity in storage:
+                row = self.db.execute(
+                    f"SELECT {quote(name)}, count(*) FROM {quote(self.schema.table)} WHERE typeof({quote(name)})"
+                    f" NOT IN ('null', {storage[column.affinity]})").fetchone()
+                if row[1]:
+                    raise Failure(f"column {name}: {row[1]} values do not fit {column.type}, such as {shown(row[0])};"
+                                  " mend them first, or keep the type")
+
+
+def migrate(path: str, schema: Schema, drop: Iterable[str] = (), fill: Mapping[str, str] | None = None,
+            timeout: float = LOCK_TIMEOUT_S) -> list[str]:
+    """Bring the file at *path* to *schema* in one transaction; return what was done."""
+    deadline = time.monotonic() + timeout
+    db = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        size = os.path.getsize(path)
+
+        def watched() -> int:
+            grown = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else 0
+            PROGRESS.show("rewriting", min(0.99, grown / size))
+            return SIGNALS.pending()
+
+        db.set_progress_handler(watched, STEPS_BETWEEN_CHECKS)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA legacy_alter_table = ON")
+        patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
+        migration = Migration(db, schema, drop, fill or {})
+        if migration.steps:
+            migration.take()
+            commit(db, path, deadline)
+        return migration.steps
+    except sqlite3.OperationalError:
+        SIGNALS.check()
+        raise
+    except sqlite3.IntegrityError as error:
+        raise Failure(f"{error}; nothing was changed; --fill COLUMN=VALUE replaces NULL") from None
+    finally:
+        PROGRESS.clear()
+        db.close()
+
+
+def essence(sql: str) -> str:
+    """Return SQL without comments, white space and the quotes of names, to tell whether two texts say the same."""
+    import re
+
+    tokens = re.findall(r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^]]*\]|\w+|\S""", sql, re.S)
+    return " ".join(token[1:-1] if token[0] in '"`[' else token for token in tokens if token[:2] not in ("--", "/*"))
+
+
 # ------------------------------------------------------------------------------------------- commands
 
 
 class Options:
     """The words of a command line: `words` by the names in its usage, `flags` with every value given."""
 
-    def __init__(self, words: dict[str, str], flags: dict[str, list[str]], columns: list[tuple[str, str]]) -> None:
-        self.words, self.flags, self.columns = words, flags, columns
+    def __init__(self, words: dict[str, str], flags: dict[str, list[str]], columns: list[tuple[str, str]],
+                 others: list[str]) -> None:
+        self.words, self.flags, self.columns, self.others = words, flags, columns, others
         self.name = words.get("DATABASE", "")
         self.path = os.path.realpath(self.name)  # always a plain file, whatever SQLite makes of the name
 
     def last(self, flag: str, default: str) -> str:
         return self.flags.get(flag, [default])[-1]
+
+    def as_named(self, text: str) -> str:
+        """Return *text* with the path of the database as the user wrote it, where that names the same place."""
+        return text.replace(self.path, self.name) if os.path.abspath(self.name) == self.path else text
+
+    def retry_line(self) -> str:
+        """Return the command that stores what this one kept."""
+        import shlex
+
+        words = ["dbtool.py", "retry", self.name]
+        for flag in ("--schema", "--table", "--skip-text"):
+            words += [flag, *self.flags[flag][-1:]] if flag in self.flags else []
+        return " ".join(shlex.quote(word) for word in words if word)
 
     @property
     def timeout(self) -> float:
@@ -1303,38 +1799,55 @@ class Options:
         return found
 
 
-def insert(options: Options) -> None:
+def insert_command(options: Options) -> None:
     """Store the JSON objects on standard input as rows, all of them or none."""
     source = Input(sys.stdin.buffer if sys.stdin else None, kept_places(options.path))
+
+    def watched() -> Iterator[bytes]:
+        done = 0
+        for data in source.chunks():
+            yield data
+            done += len(data)
+            PROGRESS.show(f"{rows.number:,} rows", done / source.size)
+
     try:
         skip_text = "--skip-text" in options.flags
         source.read(skip_text)
-        store(options.path, options.schema(), records(source.chunks(), skip_text),
-              options.conflict, options.timeout)
+        rows = Rows(options.schema(), records(watched(), skip_text), options.conflict)
+        store(options.path, rows, options.timeout)
+        PROGRESS.clear()
         source.discard()
     except BaseException as error:
+        try:
+            if not isinstance(error, Failure) or error.status < SIGNALLED:
+                source.read()  # what is still to come
+        except Failure:
+            pass  # a signal ends that
         where = source.keep(getattr(error, "claim", None))
         if not isinstance(error, (Failure, sqlite3.Error, OSError)):
-            print(where, file=sys.stderr)
+            report(where)
             raise  # a bug, or no memory left
         failure = as_failure(error, options.path)
         if where.startswith("the input is kept"):
-            where = where.replace(options.path, options.name)
-            where += f"; when that is mended, run: dbtool.py retry {options.name}"
+            where = f"{options.as_named(where)}; when that is mended, run: {options.retry_line()}"
         raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
 
 
-def insert_manual(options: Options) -> None:
+def insert_manual_command(options: Options) -> None:
     """Store one row, each column given as a flag."""
     schema = options.schema()
     record: dict[str, Any] = {}
     for flag, text in options.columns:
         column = flag_column(schema, flag)
+        if column.name in record:
+            raise Failure(f"column {column.name} is given twice", USAGE)
         record[column.name] = fit_text(column, text)
     for name in options.flags.get("--null", []):
         column = flag_column(schema, name)
+        if column.name in record:
+            raise Failure(f"column {column.name} is given twice", USAGE)
         record[column.name] = fit(column, None)
-    store(options.path, schema, [record], options.conflict, options.timeout)
+    store(options.path, Rows(schema, [record], options.conflict), options.timeout)
 
 
 def flag_column(schema: Schema, flag: str) -> Column:
@@ -1348,11 +1861,17 @@ def flag_column(schema: Schema, flag: str) -> Column:
     raise Failure(f"{shown(name)} is no column of {schema.table}{nearest(name, schema.by_name)}", USAGE)
 
 
-def query(options: Options) -> None:
+def query_command(options: Options) -> None:
     """Print the answer to an SQL question."""
     sql = options.words["SQL"]
+    refuse_database(options.path, options.last("--output", ""))
+    if "--output" not in options.flags:
+        PROGRESS.next = float("inf")  # the rows themselves show that it goes on
     if sql == "-":
-        sql = sys.stdin.buffer.read().decode()
+        if sys.stdin is None:
+            raise Failure("standard input, which should hold the SQL, is closed")
+        with SIGNALS:
+            sql = sys.stdin.buffer.read().decode(errors="replace")
     parameters = {name: number_or_text(value) for name, value in options.pairs("--param")}
 
     def answer(db: sqlite3.Connection) -> None:
@@ -1363,8 +1882,9 @@ def query(options: Options) -> None:
                                 "--no-header" not in options.flags), options.last("--output", ""))
         except (sqlite3.Error, UnicodeDecodeError) as error:
             SIGNALS.check()
-            raise Failure(why_unanswered(db, str(error))) from None
+            raise unanswered(db, error) from None
         finally:
+            PROGRESS.clear()
             cursor.close()  # or the connection lives on, with its files
 
     reading(options.path, answer, options.timeout)
@@ -1381,18 +1901,21 @@ def number_or_text(text: str) -> int | float | str:
     return text
 
 
-def retry(options: Options) -> None:
+def retry_command(options: Options) -> None:
     """Store what insert had to keep; leave what still can't be stored, and say why."""
     schema = options.schema()
     status = 0
-    for path in kept_files(options.path):
+    files = kept_files(options.path)
+    if not files and not os.path.exists(options.path):
+        raise Failure("there is no such file, and nothing is kept for it")
+    for path in files:
         SIGNALS.check()
         try:
             retry_one(options, schema, path)
         except (Failure, sqlite3.Error, OSError) as error:
             failure = as_failure(error, options.path)
             status = max(status, failure.status)
-            report(f"{options.name}: {path.replace(options.path, options.name)}: {failure}")
+            report(f"{options.name}: {options.as_named(path)}: {failure}")
             if failure.status >= TRY_AGAIN:  # the other files would fare no better
                 break
         else:
@@ -1411,15 +1934,70 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
     try:
         with open(path, "rb") as file:
             chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-            store(options.path, schema, records(chunks, "--skip-text" in options.flags), options.conflict,
-                  options.timeout, is_stored, lambda claim: write_claim(path, claim))
+            rows = Rows(schema, records(chunks, "--skip-text" in options.flags), options.conflict)
+            store(options.path, rows, options.timeout, is_stored, lambda claim: write_claim(path, claim))
     except FileNotFoundError:
         pass  # another retry has stored it, or one that was stopped between the two removals
     for done in (path, path + ".claim.part", path + ".claim"):
+        remove(done)
+
+
+def merge_command(options: Options) -> None:
+    """Add the rows of other files; print for each how many were added and how many known."""
+    import functools
+
+    schema, count = options.schema(), len(options.others)
+    for number, name in enumerate(options.others):
         try:
-            os.unlink(done)
-        except FileNotFoundError:
-            pass
+            line, share = f"file {number + 1} of {count}", number / count
+            added, known, different = merge(options.path, os.path.realpath(name), schema, options.timeout,
+                                            functools.partial(PROGRESS.show, line, share))
+        except (Failure, sqlite3.Error, OSError) as error:
+            failure = as_failure(error, os.path.realpath(name))
+            raise Failure(f"{name}: {failure}", failure.status) from None
+        PROGRESS.clear()
+        write_out([f"{name}: {added} added, {known} known\n"])
+        if different:
+            report(f"{options.name}: {name}: {different} known rows have other values there; they were not taken over")
+
+
+def snapshot_command(options: Options) -> None:
+    """Make a consistent, compact copy while others write."""
+    target = options.words["TARGET"]
+    snapshot(options.path, target if target == "-" else os.path.realpath(target), options.timeout)
+
+
+def migrate_command(options: Options) -> None:
+    """Bring a file to schema.sql; print what that takes."""
+    schema, drop, fill = options.schema(), options.flags.get("--drop", []), dict(options.pairs("--fill"))
+    if not os.path.isfile(options.path):
+        raise Failure("there is no such file")
+    if "--dry-run" in options.flags:
+        steps = reading(options.path, lambda db: Migration(db, schema, drop, fill).steps, options.timeout)
+    else:
+        steps = migrate(options.path, schema, drop, fill, options.timeout)
+    write_out([f"{step}\n" for step in steps])
+
+
+def schema_command(options: Options) -> None:
+    """Print the columns: type, whether needed, default, description; with a DATABASE also what differs there."""
+    wanted = options.schema()
+    said = descriptions(wanted)
+    names = ["column", "type", "needed", "default", "description"]
+    rows = [[column.name, column.type, "generated" if column.generated else "yes" if column.needed else "no",
+             " ".join((column.default or "").split()), said.get(column.name, "")] for column in wanted.columns]
+    if options.name:
+        names.append("file")
+        found = {c.name: c for c in reading(options.path, lambda db: columns_of(db, wanted.table), options.timeout)}
+        for row, column in zip(rows, wanted.columns):
+            other = found.pop(column.name, None)
+            row.append("missing" if other is None else "same" if other.same_as(column) else other.in_words())
+        rows += [[name, None, None, None, None, f"only there: {column.in_words()}"] for name, column in found.items()]
+    db = sqlite3.connect(":memory:")
+    quoted = ", ".join(map(quote, names))
+    db.execute(f"CREATE TABLE columns ({quoted})")
+    db.executemany(f"INSERT INTO columns VALUES ({', '.join('?' * len(names))})", rows)
+    write_out(formatted(db.execute(f"SELECT {quoted} FROM columns"), options.last("--format", "table")))
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -1435,16 +2013,26 @@ FLAGS = {
     "--output": ("FILE", "write to FILE, which appears only when it is whole"),
     "--null": ("TEXT", "how to print NULL (default: nothing)"),
     "--no-header": ("", "leave out the line with the columns' names"),
+    "--dry-run": ("", "print what would be done, and do nothing"),
+    "--drop": ("COLUMN", "drop COLUMN, which the schema no longer has; may be repeated"),
+    "--fill": ("COLUMN=VALUE", "what old rows get in a new column, or for NULL in one; may be repeated"),
+    "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }
 # name: (function, words, flags besides --schema, --table and --timeout, what it does)
 COMMANDS: dict[str, tuple[Callable[[Options], None], str, str, str]] = {
-    "insert": (insert, "DATABASE", "--on-conflict --skip-text", "store the JSON objects on standard input as rows"),
-    "insert_manual": (insert_manual, "DATABASE --COLUMN VALUE ...", "--null --on-conflict",
+    "insert": (insert_command, "DATABASE", "--on-conflict --skip-text",
+               "store the JSON objects on standard input as rows"),
+    "insert_manual": (insert_manual_command, "DATABASE --COLUMN VALUE ...", "--null --on-conflict",
                       "store one row, each column given as a flag"),
-    "query": (query, "DATABASE SQL|-", "--param --format --output --null --no-header",
+    "query": (query_command, "DATABASE SQL|-", "--param --format --output --null --no-header",
               "print the answer to an SQL question as CSV; - reads the SQL from standard input"),
-    "retry": (retry, "DATABASE", "--skip-text --on-conflict", "store what insert had to keep aside"),
+    "retry": (retry_command, "DATABASE", "--skip-text --on-conflict", "store what insert had to keep aside"),
+    "merge": (merge_command, "DATABASE OTHER ...", "", "add the rows of other files that this one does not have"),
+    "snapshot": (snapshot_command, "DATABASE TARGET|-", "",
+                 "make a consistent copy while others write; TARGET may end in .gz or .xz; - is standard output"),
+    "migrate": (migrate_command, "DATABASE", "--dry-run --drop --fill", "bring a file to the columns of schema.sql"),
+    "schema": (schema_command, "[DATABASE]", "--format", "print the columns; with a DATABASE also how it differs"),
 }
 
 
@@ -1459,7 +2047,8 @@ def command_help(command: str, options: Options) -> str:
             if not column.generated:
                 taken = f"--{column.name}" in ("--help", *(flag for flag, _, _ in flags_of(command)))
                 kind = f"{column.type or 'anything'}{', needed' if column.needed else ''}"
-                rows.append((f"--{'column.' * taken}{column.name} {kind}", said.get(column.name, "")))
+                flag = f"--{'column.' * taken}{column.name}"
+                rows.append((f"{shown(flag) if ' ' in flag else flag} {kind}", said.get(column.name, "")))
     width = max(len(left) for left, _ in rows if len(left) <= 40)
     return "\n".join(lines + [f"  {left:{width}}  {right}".rstrip() for left, right in rows]) + "\n"
 
@@ -1500,47 +2089,51 @@ def parse(command: str, arguments: list[str]) -> Options:
                 columns.append((flag[2:], value))
             else:
                 flags.setdefault(flag, []).append(value)
-    names = [name for name in COMMANDS[command][1].split()[:2] if name[0] != "-"]
+    usage = COMMANDS[command][1]
+    names = [name for name in usage.split()[:2] if name[0] != "-"]
     if "--help" in flags:
-        return Options({}, flags, [])
+        return Options({}, flags, [], [])
     if words[:1] == [""]:
         raise Failure("the DATABASE has no name", USAGE)
-    if len(words) != len(names):
+    least, most = len(names) - (names[-1][0] == "["), len(names) + (usage.endswith("OTHER ...")) * len(words)
+    if not least <= len(words) <= most:
         raise Failure(f"takes {' '.join(names)}, got {' '.join(map(shown, words)) or 'nothing'};"
                       f" see: dbtool.py {command} --help", USAGE)
-    return Options(dict(zip(("DATABASE", "SQL"), words)), flags, columns)
+    named = dict(zip((name.strip("[]").partition("|")[0] for name in names), words))
+    options = Options(named, flags, columns, words[1:])
+    _ = options.timeout, options.pairs("--param"), options.pairs("--fill")  # a wrong one ends here, with nothing read
+    return options
 
 
-def report(message: str) -> None:
-    if message and sys.stderr:
-        print("dbtool:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
-
-
-def keep_unread() -> None:
+def keep_unread(arguments: list[str]) -> None:
     """Keep what insert would have read, had its command line been right."""
+    name = next((word for word in arguments[1:] if word[:1] not in ("", "-") and word not in COMMANDS), "")
     if sys.stdin and not sys.stdin.isatty():
-        source = Input(sys.stdin.buffer, kept_places(""))
+        source = Input(sys.stdin.buffer, kept_places(os.path.realpath(name) if name else ""))
         try:
             source.read()
-        finally:
-            report(source.keep())
+        except Failure:
+            pass  # a signal ends that
+        if source.size and not source.is_file:
+            report(source.keep() + (f"; run: dbtool.py retry {name}" if name else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, where = (arguments or [""])[0], ""
+    options: Options | None = None
     try:
         if command in ("-h", "--help"):
             write_out([__doc__ or ""])
         elif command == "--version":
             write_out([f"dbtool {__version__}\n"])
         elif command not in COMMANDS:
-            raise Failure(f"{f'unknown command {command}' if command else 'no command'}; there are"
-                          f" {', '.join(COMMANDS)} (see --help)", USAGE)
+            raise Failure(f"{f'unknown command {command}' if command else 'no command'}{nearest(command, COMMANDS)};"
+                          f" there are {', '.join(COMMANDS)} (see --help)", USAGE)
         else:
             where = f"{command}: "
             options = parse(command, arguments[1:])
-            where = f"{options.name}: "
+            where = f"{options.name}: " if options.name else where
             if "--help" in options.flags:
                 write_out([command_help(command, options)])
             else:
@@ -1551,11 +2144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Failure, sqlite3.Error, OSError) as error:
         failure = as_failure(error, "")
         report(f"{where}{failure}" if str(failure) else "")
-        if failure.status == USAGE and command == "insert":
-            keep_unread()
+        meant = "insert" in arguments or nearest(command, COMMANDS) == nearest("insert", COMMANDS)
+        if options is None and meant:
+            keep_unread(arguments)
         return failure.status
 
 
 if __name__ == "__main__":
     SIGNALS.install()
-    raise SystemExit(main())
+    # All is written and closed. Taking Python down would cost a tenth of an insert's time, and a signal
+    # that came meanwhile would give an exit status that is not true.
+    os._exit(main())

@@ -153,7 +153,7 @@ def main() -> int:
     try:
         series = read_series(args.dataset)
         check(args, len(series))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         print(f"mlp: {error}", file=sys.stderr)
         return 2
     error, naive = forecast(series, args)
@@ -166,4 +166,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -114,3 +114,20 @@ def process(*arguments, stdin=b"", **options):
 def kept(path) -> list[Path]:
     """Return the files that insert kept beside the results file at *path*."""
     return sorted(Path(f"{path}-kept").glob("*.json"))
+
+
+PEAK = """import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"""
+
+
+def peak_memory(*arguments, stdin=None) -> int:
+    """Run dbtool.py, which must succeed; return its peak memory in KiB.
+
+    A small process in between starts it, since Linux counts what the parent had at the fork.
+    """
+    done = subprocess.run([sys.executable, "-c", PEAK, sys.executable, DBTOOL, *map(str, arguments)], stdin=stdin,
+                          stderr=subprocess.PIPE, check=True, text=True)
+    status, peak = done.stderr.split()
+    assert status == "0", done.stderr
+    return int(peak)

@@ -126,6 +126,8 @@ def test_schema_objects_are_all_created(expect_success, tmp_path, db_path):
 
 def flags(record, hyphens=False):
     for name, value in record.items():
+        if value is ...:
+            continue
         yield from ("--" + (name.replace("_", "-") if hyphens else name), value)
 
 
@@ -147,7 +149,9 @@ def test_insert_manual_null(expect_success, expect_failure, rows, db_path):
     expect_success("insert_manual", db_path, *flags(record), "--null", "rmse_global")
     assert rows(db_path, "SELECT rmse_global IS NULL FROM results") == [["1"]]
     assert "column epochs: expected a 64-bit integer, got null" in expect_failure(
-        "insert_manual", db_path, *flags(record), "--null=epochs")
+        "insert_manual", db_path, *flags({**record, "rmse_global": 1, "epochs": ...}), "--null=epochs")
+    assert "column epochs is given twice" in expect_failure(
+        "insert_manual", db_path, "--epochs=1", "--epochs=2", status=2)
 
 
 def test_insert_manual_column_named_as_a_flag(expect_success, rows, db_path, tmp_path):
@@ -170,16 +174,16 @@ def test_insert_manual_unknown_column(expect_failure, db_path):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     ([], "no command; there are insert"),
-    (["inser"], "unknown command inser; there are insert"),
+    (["inser"], 'unknown command inser; did you mean "insert"?; there are insert'),
     (["query", "x.db"], "query: takes DATABASE SQL|-"),
     (["query", "x.db", "SELECT 1", "more"], "query: takes DATABASE SQL|-"),
     (["query", "x.db", "SELECT 1", "--form", "csv"], "query: unknown flag --form; did you mean"),
     (["query", "x.db", "SELECT 1", "--format", "xml"], "query: --format takes csv|tsv|json|jsonl|table"),
     (["query", "x.db", "SELECT 1", "--format"], "query: --format takes a value"),
     (["query", "x.db", "SELECT 1", "--no-header=1"], "query: --no-header takes no value"),
-    (["query", "x.db", "SELECT 1", "--param", "x"], "x.db: --param takes NAME=VALUE"),
-    (["query", "x.db", "SELECT 1", "--timeout", "soon"], "x.db: --timeout takes seconds"),
-    (["query", "x.db", "SELECT 1", "--timeout", "-1"], "x.db: --timeout takes seconds"),
+    (["query", "x.db", "SELECT 1", "--param", "x"], "query: --param takes NAME=VALUE"),
+    (["query", "x.db", "SELECT 1", "--timeout", "soon"], "query: --timeout takes seconds"),
+    (["query", "x.db", "SELECT 1", "--timeout", "-1"], "query: --timeout takes seconds"),
     (["retry"], "retry: takes DATABASE"),
 ])
 def test_wrong_usage(expect_failure, arguments, said):
@@ -195,8 +199,12 @@ def test_help(expect_success, arguments):
 def test_wrong_usage_of_insert_loses_nothing(tmp_path):
     done = process("insert", "results.db", "--bogus", stdin=b'{"cost": "ten hours"}')
     assert done.returncode == 2 and b"unknown flag --bogus" in done.stderr
-    (path,) = tmp_path.glob("dbtool-kept-*.json")
+    (path,) = kept("results.db")
     assert path.read_bytes() == b'{"cost": "ten hours"}' and str(path).encode() in done.stderr
+    assert b"run: dbtool.py retry results.db" in done.stderr
+    process("insrt", "results.db", stdin=b'{"cost": "ten hours"}')
+    process("insert", stdin=b'{"cost": "ten hours"}')
+    assert len(kept("results.db")) == 2 and len(list(tmp_path.glob("dbtool-kept-*.json"))) == 1
 
 
 # Many writers
@@ -209,7 +217,7 @@ def start(path):
     return child
 
 
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("exists", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_200_processes_at_once(rows, db_path, expect_success, exists):
     if exists:
         expect_success("insert", db_path, stdin=RECORD)

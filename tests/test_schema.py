@@ -68,7 +68,7 @@ def test_no_column_is_named_in_the_program():
     import re
 
     text = (ROOT / "dbtool.py").read_text()
-    text = text.replace((dbtool.__doc__ or ""), "")
+    text = text.replace((dbtool.__doc__ or ""), "")  # its example asks for a column by name
     columns = [c.name for c in dbtool.read_schema().columns if c.name not in ("id", "metadata")]
     assert [name for name in columns if re.search(rf"\b{name}\b", text)] == []
 
@@ -103,7 +103,8 @@ def test_quoted_names_generated_columns_and_rowid_key(schema_file, expect_succes
     help_text = expect_success("insert_manual", "--help")
     for name, said in (("run id", "counted by SQLite"), ("select", "a keyword, with a comma"),
                        ("learning rate", "step of the descent"), ('say "hi"', "")):
-        line, = (line for line in help_text.splitlines() if line.strip().startswith(f"--{name} "))
+        flag = json.dumps(f"--{name}") if " " in name else f"--{name}"
+        (line,) = (line for line in help_text.splitlines() if line.strip().startswith(flag))
         assert line.endswith(said)
     assert "half" not in help_text
 
@@ -117,7 +118,7 @@ def test_table_without_key_or_types(schema_file, expect_success, rows, db_path):
 
 def test_several_tables_need_a_name(schema_file, expect_success, expect_failure, rows, db_path, monkeypatch):
     schema_file("CREATE TABLE a (x TEXT); CREATE TABLE b (y TEXT);")
-    assert "has 2 tables (a, b); name one with --table" in expect_failure("insert", db_path, stdin={"x": "1"})
+    assert "has tables a, b; name one with --table" in expect_failure("insert", db_path, stdin={"x": "1"})
     expect_success("insert", db_path, "--table", "b", stdin={"y": "1"})
     monkeypatch.setenv("DBTOOL_TABLE", "a")
     expect_success("insert", db_path, stdin={"x": "2"})
@@ -127,8 +128,8 @@ def test_several_tables_need_a_name(schema_file, expect_success, expect_failure,
 
 @pytest.mark.parametrize(("sql", "said"), [
     ("CREATE TABEL a (x);", 'near "TABEL": syntax error'),
-    ("", "has 0 tables"),
-    ("CREATE VIEW v AS SELECT 1;", "has 0 tables"),
+    ("", "has no CREATE TABLE"),
+    ("CREATE VIEW v AS SELECT 1;", "has no CREATE TABLE"),
 ], ids=["syntax error", "empty", "view only"])
 def test_broken_schema(schema_file, expect_failure, db_path, sql, said):
     path = schema_file(sql)
@@ -175,3 +176,28 @@ def test_file_that_differs_from_the_schema(call, db_path, sql, said):
         assert (result.status, result.err) == (0, ""), result.err
     with contextlib.closing(sqlite3.connect(db_path)) as db:
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == ("wal" if result.status == 0 else "delete")
+
+
+def test_schema_command(expect_success, db_path):
+    lines = expect_success("schema").splitlines()
+    assert lines[0].split() == ["column", "type", "needed", "default", "description"] and len(lines) == 16
+    assert "passes over the training windows at each step" in next(line for line in lines if line.startswith("epochs "))
+    import csv
+    import io
+
+    rows = list(csv.DictReader(io.StringIO(expect_success("schema", "--format", "csv"))))
+    assert rows[10] == {"column": "epochs", "type": "INTEGER", "needed": "yes", "default": "",
+                        "description": "passes over the training windows at each step"}
+    assert json.loads(expect_success("schema", "--format", "json"))[13]["default"] == "'{}'"
+
+
+def test_schema_command_tells_what_differs(schema_file, expect_success, expect_failure, db_path, tmp_path):
+    schema_file("CREATE TABLE t (a TEXT NOT NULL, b INTEGER, old REAL DEFAULT 1);")
+    expect_success("insert", db_path, stdin={"a": "x", "b": 1})
+    schema_file("CREATE TABLE t (a TEXT NOT NULL, b REAL, new TEXT);")
+    before = db_path.read_bytes()
+    rows = json.loads(expect_success("schema", db_path, "--format=json"))
+    assert {row["column"]: row["file"] for row in rows} == {
+        "a": "same", "b": "INTEGER", "new": "missing", "old": "only there: REAL DEFAULT 1"}
+    assert db_path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["other.sql", "results.db"]
+    assert "there is no such file" in expect_failure("schema", "none.db")
