@@ -68,7 +68,7 @@ def same(value, other):
 
 
 @pytest.mark.parametrize(("text", "column", "expected"), CELLS)
-@pytest.mark.parametrize("conflict", ["fail", "replace"])
+@pytest.mark.parametrize("conflict", ["fail", pytest.param("replace", marks=pytest.mark.slow)])
 def test_insert_fits_or_refuses(call, db_path, text, column, expected, conflict):
     result = call("insert", db_path, "--on-conflict", conflict, stdin=f'{{"{column}": {text}}}'.encode())
     if expected is NO:
