@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import signal
     import sqlite3
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from operator import itemgetter
     from types import FrameType
     from typing import Any, BinaryIO, TypeVar
 
@@ -45,6 +46,7 @@ else:
     # The C halves: `signal` adds enums, and `sqlite3` dates, that nothing here needs; they would double the imports.
     import _signal as signal
     import _sqlite3 as sqlite3
+    from _operator import itemgetter
 
 __version__ = "0.1.0"
 
@@ -652,12 +654,15 @@ def connect_to_write(path: str, schema: Schema, deadline: float) -> sqlite3.Conn
         if one("PRAGMA journal_mode") != journal:
             if not is_new:
                 check_columns(columns_of(db, schema.table), schema)  # another program's file is left as it is
-            try:
-                one(f"PRAGMA journal_mode = {journal}")
-                is_new = True
-            except sqlite3.OperationalError:
-                if journal == "wal":
-                    raise  # else others are using it; one of the next inserts will switch it
+            if journal == "wal":
+                one("PRAGMA journal_mode = WAL")
+            else:
+                try:
+                    db.execute("PRAGMA journal_mode = DELETE").fetchone()
+                    is_new = True
+                except sqlite3.OperationalError as error:
+                    if not is_busy(error):
+                        raise  # else others are using it, and one of the next inserts will switch it
         db.execute("PRAGMA synchronous = FULL")
         patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
         if one("SELECT count(*) FROM sqlite_master"):
@@ -778,8 +783,8 @@ class Rows:
                 claim = self.insert_claimed(db, dict(zip(self.record, row)))
                 if claim:
                     break
-            for sql, group in itertools.groupby(self.pairs, lambda pair: pair[0]):
-                db.executemany(sql, (row for _, row in group))
+            for sql, group in itertools.groupby(self.pairs, itemgetter(0)):
+                db.executemany(sql, map(itemgetter(1), group))
         except (ValueError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError,
                 sqlite3.ProgrammingError) as error:
             raise self.refusal(error) from None
@@ -887,7 +892,7 @@ class Input:
         self.copy: Any = io.BytesIO()
         self.part = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
         self.start, self.size = 0, 0
-        self.is_file = False
+        self.is_file = self.ended = False
         try:
             status = os.fstat(stream.fileno()) if stream else None
         except OSError:  # a stream in memory
@@ -900,12 +905,13 @@ class Input:
 
     def arriving(self) -> Iterator[bytes]:
         """Yield what comes in, each piece once it is held; a signal ends the wait but loses nothing."""
-        if self.stream is None or self.is_file:
+        if self.stream is None or self.is_file or self.ended:
             return
         try:
             descriptor = self.stream.fileno()
         except OSError:
             data = self.stream.read()
+            self.ended = True
             self.add(data)
             yield data
             return
@@ -919,6 +925,7 @@ class Input:
             except BlockingIOError:
                 continue
             if not data:
+                self.ended = True  # a terminal would let one type on
                 return
             self.add(data)
             yield data
@@ -1366,8 +1373,11 @@ def refuse_database(path: str, target: str) -> None:
 # -------------------------------------------------------------------------------------------- reading
 
 
-def uri_to_read(path: str) -> tuple[str, Callable[[], None]]:
-    """Return the URI that opens the file at *path* without changing it, and what to call once it is closed."""
+def uri_to_read(path: str) -> tuple[str, Callable[[], None], Callable[[], None]]:
+    """Return the URI that opens the file at *path* without changing it, and two functions to call later.
+
+    The first raises Failure if what was read can't be relied on; the second tidies up, once it is closed.
+    """
     if not os.path.isfile(path):
         raise Failure("is a folder; name a file in it" if os.path.isdir(path) else "there is no such file")
     had_wal = bool(os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"))
@@ -1378,14 +1388,16 @@ def uri_to_read(path: str) -> tuple[str, Callable[[], None]]:
     frozen = is_wal and not had_wal and not (os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK))
     before = os.stat(path)
 
-    def closed() -> None:
-        if not frozen and not had_wal and os.path.exists(path + "-wal"):
-            remove_wal(path)
+    def check() -> None:
         after = os.stat(path)
         if frozen and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
             raise Failure("changed while it was read; run this again", TRY_AGAIN)
 
-    return file_uri(path) + ("?immutable=1" if frozen else "?mode=ro"), closed
+    def tidy() -> None:
+        if not frozen and not had_wal and os.path.exists(path + "-wal"):
+            remove_wal(path)
+
+    return file_uri(path) + ("?immutable=1" if frozen else "?mode=ro"), check, tidy
 
 
 def file_uri(path: str) -> str:
@@ -1398,7 +1410,7 @@ def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: 
 
     Unless *guarded*, the connection may create other files.
     """
-    uri, closed = uri_to_read(path)
+    uri, check, tidy = uri_to_read(path)
     db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
     try:
         patiently(lambda: db.execute("SELECT count(*) FROM sqlite_master").fetchone(), time.monotonic() + timeout)
@@ -1407,17 +1419,14 @@ def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: 
             db.execute("PRAGMA query_only = ON")
             db.set_authorizer(authorize)
         result = action(db)
-    except BaseException as error:
-        db.close()
-        try:
-            closed()
-        except Failure:
-            pass  # the first one is the reason
+        check()
+        return result
+    except sqlite3.Error:
         SIGNALS.check()
-        raise error from None
-    db.close()
-    closed()
-    return result
+        raise
+    finally:
+        db.close()
+        tidy()
 
 
 def remove_wal(path: str) -> None:
@@ -1499,7 +1508,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
                       " means different rows; merge needs a primary key that is unique everywhere")
     deadline = time.monotonic() + timeout
-    uri, closed = uri_to_read(source)
+    uri, check, tidy = uri_to_read(source)
     if os.path.exists(path) and os.path.samefile(path, source):
         raise Failure("is the very file to merge into")
     db = connect_to_write(path, schema, deadline)
@@ -1533,14 +1542,15 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
                 f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS m USING ({', '.join(key)}) WHERE"
                 f" ({', '.join('s.' + quote(n) for n in names)}) IS NOT ({', '.join('m.' + quote(n) for n in names)})"
             ).fetchone()
+        check()
         commit(db, path, deadline)
+        return added, total - added, different
     except sqlite3.OperationalError:
         SIGNALS.check()
         raise
     finally:
         db.close()
-    closed()
-    return added, total - added, different
+        tidy()
 
 
 def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
@@ -1683,9 +1693,11 @@ class Migration:
                      if not column.generated and (name in self.old or name in self.fill)]
             taken = [(f"coalesce({quote(name)}, ?)" if name in self.fill else quote(name)) if name in self.old else "?"
                      for name in names]
-            if names:
-                db.execute(f"INSERT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)} FROM {old}",
-                           [self.fill[name] for name in names if name in self.fill])
+            if not names:  # no column is left: the rows get a default, so that there are as many as before
+                column = next(column for column in self.schema.columns if not column.generated)
+                names, taken = [column.name], [f"({column.default or 'NULL'})"]
+            db.execute(f"INSERT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)} FROM {old}",
+                       [self.fill[name] for name in names if name in self.fill])
             self.check_types()
             db.execute(f"DROP TABLE {old}")
         for kind, sql in {**self.made, **self.wanted}.values():

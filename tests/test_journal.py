@@ -90,8 +90,8 @@ def test_network_file_system(network):
     assert journal(path) == "delete"
     # A file that came in WAL mode is switched, but for one that is in use.
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("SELECT count(*) FROM results").fetchone()
+        db.execute("PRAGMA journal_mode = WAL").fetchall()
+        db.execute("SELECT count(*) FROM results").fetchall()
         begin = time.monotonic()
         done = process("insert", path, "--timeout", "1", stdin=data)
         assert (done.returncode, done.stderr) == (0, b"") and time.monotonic() - begin < 10

@@ -414,6 +414,22 @@ def test_the_advice_repeats_what_retry_needs(db_path, tmp_path):
     assert process("insert", "results.db", "--schema", "my schema.sql", stdin=b"{}{}").returncode == 0
 
 
+def test_typed_on_a_terminal_one_end_of_file_is_enough(db_path, tmp_path):
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, DBTOOL, "insert", str(db_path)])
+    os.write(terminal, b'{"a": 1}\n\x04')
+    deadline = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(terminal)
+    (file,) = kept(db_path)
+    assert file.read_bytes() == b'{"a": 1}\n'
+
+
 # Claims
 
 

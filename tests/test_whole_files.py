@@ -94,7 +94,7 @@ def test_a_snapshot_that_fails_leaves_nothing(expect_success, expect_failure, db
 def test_snapshot_to_a_database_in_use(expect_success, expect_failure, db_path, tmp_path):
     expect_success("insert", db_path, stdin=RECORD)
     with contextlib.closing(sqlite3.connect(tmp_path / "used.db")) as db:
-        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA journal_mode = WAL").fetchall()
         db.execute("CREATE TABLE t (x)")
         assert "is in use as a database" in expect_failure("snapshot", db_path, "used.db")
 
@@ -184,8 +184,10 @@ def test_merge_needs_a_key(expect_success, expect_failure, db_path, tmp_path, sc
 def test_merge_refuses(expect_success, expect_failure, db_path, tmp_path, other, said):
     expect_success("insert", db_path, stdin=RECORD)
     (tmp_path / "text.db").write_text("no database " * 100)
+    sql("empty.db", "PRAGMA journal_mode = WAL")
     sql("empty.db", "CREATE TABLE other (x)")
     assert said in expect_failure("merge", db_path, other)
+    assert not list(tmp_path.glob("*-wal")) and not list(tmp_path.glob("*-shm"))
     assert sql(db_path, "SELECT count(*) FROM results") == [(1,)]
 
 
@@ -334,6 +336,14 @@ def test_migrate_refuses_values_that_do_not_fit_the_new_type(expect_success, exp
     sql(db_path, "UPDATE t SET a = '11' WHERE a = 'ten'")
     expect_success("migrate", db_path, "--schema", "new.sql")
     assert sql(db_path, "SELECT a, typeof(a) FROM t") == [(10, "integer"), (11, "integer")]
+
+
+def test_migrate_that_keeps_no_column_keeps_the_rows(expect_success, db_path, tmp_path):
+    (tmp_path / "old.sql").write_text("CREATE TABLE t (a TEXT)")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (b INTEGER DEFAULT 5, c TEXT)")
+    expect_success("insert", db_path, "--schema", "old.sql", stdin=[{"a": "1"}, {"a": "2"}])
+    expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "a")
+    assert sql(db_path, "SELECT * FROM t") == [(5, None), (5, None)]
 
 
 def test_migrate_of_comments_alone_is_nothing(expect_success, db_path, tmp_path):
