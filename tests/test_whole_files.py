@@ -107,6 +107,7 @@ def large(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["copy.db", "copy.db.xz"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_snapshot_leaves_nothing(large, tmp_path, name, number):
@@ -376,6 +377,7 @@ def test_migrate_killed_is_all_or_nothing(expect_success, db_path, tmp_path, mon
     assert sql(db_path, "SELECT * FROM results") == [(*row, "n1") for row in rows]
 
 
+@pytest.mark.slow
 def test_inserts_during_a_migration_wait_and_succeed_or_are_told(large, tmp_path, monkeypatch):
     path = tmp_path / "results.db"
     path.write_bytes(large.read_bytes())
