@@ -144,12 +144,11 @@ class Progress:
             self.next, self.shown = now + 0.2, True
             left = int((now - self.start) * (1 / share - 1)) if share else 0
             ending = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else f", {int(now - self.start)} s"
-            sys.stderr.write(f"\r\x1b[K{text}{ending}")
-            sys.stderr.flush()
+            complain(f"\r\x1b[K{text}{ending}")
 
     def clear(self) -> None:
         if self.shown:
-            sys.stderr.write("\r\x1b[K")
+            complain("\r\x1b[K")
             self.shown = False
 
 
@@ -212,10 +211,10 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def columns_of(db: sqlite3.Connection, table: str, database: str = "main") -> list[Column]:
+def columns_of(db: sqlite3.Connection, table: str) -> list[Column]:
     """Return the columns of *table*, none if there is no such table."""
-    rows = db.execute(f"PRAGMA {database}.table_xinfo({quote(table)})").fetchall()
-    indexes = db.execute(f"PRAGMA {database}.index_list({quote(table)})").fetchall()
+    rows = db.execute(f"PRAGMA main.table_xinfo({quote(table)})").fetchall()
+    indexes = db.execute(f"PRAGMA main.index_list({quote(table)})").fetchall()
     # An INTEGER PRIMARY KEY needs no index of its own, as it is the rowid.
     rowid_alias = not any(index[3] == "pk" for index in indexes)
     return [Column(row, rowid_alias) for row in rows]
@@ -1343,7 +1342,7 @@ def write_out(texts: Iterable[str | bytes], target: str = "") -> None:
             part, out = new_part(path)
         for text in texts:
             with SIGNALS:  # the reader may be slow
-                write_all(out, text.encode() if isinstance(text, str) else text)
+                write_all(out, text.encode(errors="surrogateescape") if isinstance(text, str) else text)
         out.flush()
         if part:
             out.close()
@@ -1401,7 +1400,9 @@ def uri_to_read(path: str) -> tuple[str, Callable[[], None], Callable[[], None]]
 
 
 def file_uri(path: str) -> str:
-    return "file://" + path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    """Return the URI of a file; a byte of its name that is not UTF-8 is half a surrogate pair in *path* (PEP 383)."""
+    return "file://" + "".join(f"%{ord(char) & 255:02x}" if char in "%?#" or "\udc80" <= char <= "\udcff" else char
+                               for char in path)
 
 
 def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: float = LOCK_TIMEOUT_S,
@@ -1508,9 +1509,25 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
                       " means different rows; merge needs a primary key that is unique everywhere")
     deadline = time.monotonic() + timeout
-    uri, check, tidy = uri_to_read(source)
+    table, key = quote(schema.table), [quote(column.name) for column in schema.key]
+
+    def readable(db: sqlite3.Connection) -> set[str]:
+        found = {column.name for column in columns_of(db, schema.table)}
+        if not found:
+            raise Failure(f"has no table {schema.table}")
+        lacking = [column.name for column in schema.key if column.name not in found]
+        is_null = " OR ".join(f"{name} IS NULL" for name in key)
+        if lacking or db.execute(f"SELECT 1 FROM {table} WHERE {is_null} LIMIT 1").fetchone():
+            raise Failure(f"has rows without the key {', '.join(lacking or key)}, by which rows are told apart")
+        return found
+
+    found = reading(source, readable, timeout)
     if os.path.exists(path) and os.path.samefile(path, source):
         raise Failure("is the very file to merge into")
+    names = [column.name for column in schema.columns if column.name in found and not column.generated]
+    check_names(schema, [*names, *(found - {column.name for column in schema.columns})])
+    columns = ", ".join(map(quote, names))
+    uri, check, tidy = uri_to_read(source)
     db = connect_to_write(path, schema, deadline)
     db.execute("COMMIT")  # a new file has its table now
     db.close()
@@ -1523,14 +1540,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
 
         db.set_progress_handler(watched, STEPS_BETWEEN_CHECKS)
         db.execute("PRAGMA synchronous = FULL")
-        db.execute("ATTACH ? AS source", (uri,))
-        found = {column.name for column in patiently(lambda: columns_of(db, schema.table, "source"), deadline)}
-        if not found:
-            raise Failure(f"has no table {schema.table}")
-        names = [column.name for column in schema.columns if column.name in found and not column.generated]
-        check_names(schema, [*names, *(found - {column.name for column in schema.columns})])
-        table, key = quote(schema.table), [quote(column.name) for column in schema.key]
-        columns = ", ".join(map(quote, names))
+        patiently(lambda: db.execute("ATTACH ? AS source", (uri,)), deadline)
         patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
         (total,) = patiently(lambda: db.execute(f"SELECT count(*) FROM source.{table}").fetchone(), deadline)
         # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
@@ -1560,7 +1570,9 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
 
     if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
         raise Failure("is the very file to copy")
-    if target != "-" and os.path.exists(target + "-wal"):
+    if target != "-" and os.path.exists(target) and not os.path.isfile(target):
+        raise Failure(f"{target} is a folder or device; name a file, or - for standard output")
+    if target != "-" and any(os.path.exists(target + ending) for ending in ("-wal", "-journal")):
         raise Failure(f"{target} is in use as a database; name another file")
     final = os.path.join(tempfile.gettempdir(), f"dbtool-{os.getpid()}.db") if target == "-" else target
     compressed = final.endswith((".gz", ".xz"))
@@ -1574,9 +1586,10 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
             return SIGNALS.pending()
 
         db.set_progress_handler(watched, STEPS_BETWEEN_CHECKS)
-        db.execute("VACUUM INTO ?", (part,))
+        db.execute("VACUUM INTO ?", (file_uri(part),))
 
     try:
+        os.fchmod(file.fileno(), 0o600)  # until it has the rights of what it copies
         file.close()
         reading(path, copy, timeout, guarded=False)
         if target == "-":
@@ -1630,23 +1643,33 @@ class Migration:
         self.new = {column.name: column for column in schema.columns}
         self.made = {name: (kind, sql) for kind, name, sql in db.execute(MADE)}
         self.wanted = {name: (kind, sql) for kind, name, sql in schema.made}
+        for names, others in ((self.old, self.new), (self.made, self.wanted)):
+            folded = {name.lower(): name for name in others}
+            for name in names:
+                if folded.get(name.lower(), name) != name:
+                    raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same,"
+                                  f" so write {name} there")
         self.fill: dict[str, Any] = {}
         for name, text in fill.items():
             if name not in self.new:
                 raise Failure(f"--fill {name}: is no column of {schema.path}{nearest(name, self.new)}", USAGE)
             self.fill[name] = fit_text(self.new[name], text)
+        self.gone = [name for name in self.old if name not in self.new
+                     or (self.new[name].generated and not self.old[name].generated)]
         self.check_dropped(set(drop))
+        self.dropped = [name for name, (kind, _) in self.made.items() if kind == "index" and name not in self.wanted
+                        and any(row[2] in self.gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
         self.steps = [*self.table_steps(), *self.other_steps()]
 
     def check_dropped(self, drop: set[str]) -> None:
-        gone = [name for name in self.old if name not in self.new]
         for name in drop:
-            if name not in gone:
+            if name not in self.gone:
                 raise Failure(f"--drop {name}: {self.schema.path} has that column" if name in self.new else
-                              f"--drop {name}: the file has no such column{nearest(name, gone)}", USAGE)
-        kept = [name for name in gone if name not in drop]
+                              f"--drop {name}: the file has no such column{nearest(name, self.gone)}", USAGE)
+        kept = [name for name in self.gone if name not in drop]
         if kept:
-            raise Failure(f"column {', '.join(kept)} is not in {self.schema.path}; add it there, or drop it for good"
+            raise Failure(f"column {', '.join(kept)} is {'generated' if kept[0] in self.new else 'not'} in"
+                          f" {self.schema.path}; add it there, or drop it for good"
                           f" with: {' '.join('--drop ' + name for name in kept)}")
 
     def table_steps(self) -> Iterator[str]:
@@ -1663,7 +1686,8 @@ class Migration:
                 yield f"add column {name} {column.type}".rstrip()
             elif self.old[name].type.upper() != column.type.upper():
                 yield f"retype column {name} from {self.old[name].type or 'none'} to {column.type or 'none'}"
-        yield from (f"drop column {name}" for name in self.old if name not in self.new)
+        yield from (f"drop column {name}" for name in self.gone)
+        yield from (f"drop index {name}" for name in self.dropped)
         if essence(self.made[table][1]) != essence(self.wanted[table][1]):
             (count,) = self.db.execute(f"SELECT count(*) FROM {quote(table)}").fetchone()
             yield f"rewrite table {table}: {count:,} rows"
@@ -1696,25 +1720,45 @@ class Migration:
             if not names:  # no column is left: the rows get a default, so that there are as many as before
                 column = next(column for column in self.schema.columns if not column.generated)
                 names, taken = [column.name], [f"({column.default or 'NULL'})"]
-            db.execute(f"INSERT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)} FROM {old}",
-                       [self.fill[name] for name in names if name in self.fill])
-            self.check_types()
+            self.check_values(old)
+            # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
+            db.execute(f"INSERT OR ABORT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)}"
+                       f" FROM {old}", [self.fill[name] for name in names if name in self.fill])
             db.execute(f"DROP TABLE {old}")
-        for kind, sql in {**self.made, **self.wanted}.values():
-            if kind != "table":
-                db.execute(sql)
+        self.make_others()
 
-    def check_types(self) -> None:
-        """Raise Failure if a value does not fit the new type of its column."""
-        storage = {"INTEGER": "'integer'", "REAL": "'real'", "TEXT": "'text', 'blob'"}
+    def make_others(self) -> None:
+        """Make the indexes, views and triggers again: first those that only the file has."""
+        own = {name: made for name, made in self.made.items() if name not in self.wanted and name not in self.dropped}
+        for name, (kind, sql) in {**own, **self.wanted}.items():
+            if kind != "table":
+                try:
+                    self.db.execute(sql)
+                except sqlite3.OperationalError as error:
+                    raise Failure(f"{kind} {name} can't be made again: {error}") from None
+        for name, (kind, _) in {**own, **self.wanted}.items():
+            if kind == "view":
+                try:
+                    self.db.execute(f"SELECT * FROM {quote(name)} LIMIT 0")
+                except sqlite3.OperationalError as error:
+                    raise Failure(f"view {name} would not work any more: {error}; change or drop it first") from None
+
+    def check_values(self, old: str) -> None:
+        """Raise Failure if a value would not be the same in the new type of its column, as a round trip tells."""
         for name, column in self.new.items():
-            if name in self.old and self.old[name].affinity != column.affinity and column.affinity in storage:
-                row = self.db.execute(
-                    f"SELECT {quote(name)}, count(*) FROM {quote(self.schema.table)} WHERE typeof({quote(name)})"
-                    f" NOT IN ('null', {storage[column.affinity]})").fetchone()
-                if row[1]:
-                    raise Failure(f"column {name}: {row[1]} values do not fit {column.type}, such as {shown(row[0])};"
-                                  " mend them first, or keep the type")
+            was = self.old[name].affinity if name in self.old else column.affinity
+            if was == column.affinity or column.generated or column.affinity not in ("INTEGER", "REAL", "TEXT"):
+                continue
+            value = quote(name)
+            there = f"CAST({value} AS {column.affinity})"
+            same = f"CAST({there} AS {was}) IS {value}" if "TEXT" in (was, column.affinity) else f"{there} IS {value}"
+            if was == "TEXT":
+                same += f" OR CAST(CAST({value} AS INTEGER) AS TEXT) IS {value}"
+            row = self.db.execute(f"SELECT {value}, count(*) FROM {old}"
+                                  f" WHERE {value} IS NOT NULL AND NOT ({same})").fetchone()
+            if row[1]:
+                raise Failure(f"column {name}: {row[1]} values do not fit {column.type} without a change, such as"
+                              f" {shown(row[0])}; mend them first, or keep the type")
 
 
 def migrate(path: str, schema: Schema, drop: Iterable[str] = (), fill: Mapping[str, str] | None = None,
@@ -1743,7 +1787,8 @@ def migrate(path: str, schema: Schema, drop: Iterable[str] = (), fill: Mapping[s
         SIGNALS.check()
         raise
     except sqlite3.IntegrityError as error:
-        raise Failure(f"{error}; nothing was changed; --fill COLUMN=VALUE replaces NULL") from None
+        hint = "; --fill COLUMN=VALUE replaces NULL" if "NOT NULL" in str(error) else ""
+        raise Failure(f"{error}; nothing was changed{hint}") from None
     finally:
         PROGRESS.clear()
         db.close()

@@ -19,5 +19,5 @@ args = parser.parse_args()
 
 schema = dbtool.read_schema()
 column = dbtool.quote(args.column) if args.column in schema.by_name else args.column
-sql = f"SELECT {column}, * FROM {schema.table} WHERE {column} IS NOT NULL ORDER BY 1 LIMIT {args.best}"
+sql = f"SELECT {column}, * FROM {dbtool.quote(schema.table)} WHERE {column} IS NOT NULL ORDER BY 1 LIMIT {args.best}"
 raise SystemExit(dbtool.main(["query", args.database, sql, "--format", "table"]))

@@ -12,8 +12,10 @@ dbtool=${DBTOOL:-python3 dbtool.py}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-fetch() { # the answer to the SQL on standard input, compressed on the way
-    $REMOTE "$dbtool query '$far' - --no-header $* | gzip" | gunzip
+fetch() { # the answer to the SQL on standard input, compressed on the way; its last line tells that it is whole
+    $REMOTE "($dbtool query '$far' - --no-header $* && echo end) | gzip" | gunzip >"$scratch/answer"
+    [ "$(tail -n 1 "$scratch/answer")" = end ] || return 1
+    sed '$d' "$scratch/answer"
 }
 ids() { $dbtool query "$near" "$1" --no-header; }
 

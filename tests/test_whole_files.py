@@ -83,7 +83,7 @@ def test_snapshot_replaces_an_older_one(expect_success, db_path, tmp_path):
 @pytest.mark.parametrize(("source", "target", "said"), [
     ("none.db", "copy.db", "there is no such file"), ("text.db", "copy.db.gz", "is not an SQLite database"),
     ("results.db", "none/copy.db", "No such file or directory"), ("results.db", "results.db", "is the very file to copy"),
-    ("results.db", ".", "")])
+    ("results.db", ".", "is a folder or device"), ("results.db", "/dev/null", "is a folder or device")])
 def test_a_snapshot_that_fails_leaves_nothing(expect_success, expect_failure, db_path, tmp_path, source, target, said):
     expect_success("insert", db_path, stdin=RECORD)
     (tmp_path / "text.db").write_text("no database " * 100)
@@ -97,6 +97,8 @@ def test_snapshot_to_a_database_in_use(expect_success, expect_failure, db_path, 
         db.execute("PRAGMA journal_mode = WAL").fetchall()
         db.execute("CREATE TABLE t (x)")
         assert "is in use as a database" in expect_failure("snapshot", db_path, "used.db")
+    (tmp_path / "other.db-journal").touch()
+    assert "is in use as a database" in expect_failure("snapshot", db_path, "other.db")
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +250,10 @@ def test_pull_only_what_is_new(expect_success, tmp_path):
                               capture_output=True, env=environment, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
 
+    environment = {**os.environ, "DBTOOL": f"{sys.executable} {DBTOOL}", "REMOTE": "sh -c"}
+    failed = subprocess.run(["bash", pull, "far/none.db", "near/results.db"], env=environment, capture_output=True, check=False)
+    assert failed.returncode != 0 and not os.path.exists("near/results.db")
+
     def same():
         return sql("near/results.db", "SELECT * FROM results") == sql("far/results.db", "SELECT * FROM results")
 
@@ -332,7 +338,7 @@ def test_migrate_refuses_values_that_do_not_fit_the_new_type(expect_success, exp
     (tmp_path / "new.sql").write_text("CREATE TABLE t (a INTEGER)")
     expect_success("insert", db_path, "--schema", "old.sql", stdin=[{"a": "10"}, {"a": "ten"}])
     message = expect_failure("migrate", db_path, "--schema", "new.sql")
-    assert 'column a: 1 values do not fit INTEGER, such as "ten"' in message
+    assert 'column a: 1 values do not fit INTEGER without a change, such as "ten"' in message
     assert sql(db_path, "SELECT a, typeof(a) FROM t") == [("10", "text"), ("ten", "text")]
     sql(db_path, "UPDATE t SET a = '11' WHERE a = 'ten'")
     expect_success("migrate", db_path, "--schema", "new.sql")
@@ -345,6 +351,82 @@ def test_migrate_that_keeps_no_column_keeps_the_rows(expect_success, db_path, tm
     expect_success("insert", db_path, "--schema", "old.sql", stdin=[{"a": "1"}, {"a": "2"}])
     expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "a")
     assert sql(db_path, "SELECT * FROM t") == [(5, None), (5, None)]
+
+
+@pytest.mark.parametrize(("old", "new", "values", "said"), [
+    ("x REAL", "x REAL UNIQUE ON CONFLICT IGNORE", [1.0, 1.0], "UNIQUE constraint failed"),
+    ("x REAL", "x REAL NOT NULL ON CONFLICT IGNORE", [1.0, None], "NOT NULL constraint failed"),
+    ("x REAL", "x TEXT", [0.1 + 0.2], "do not fit TEXT without a change, such as 0.30000000000000004"),
+    ("x INTEGER", "x REAL", [2**53 + 1], "do not fit REAL without a change"),
+    ("x", "x REAL", [2**53 + 1], "do not fit REAL without a change"),
+    ("x TEXT", "x INTEGER", ["007"], "do not fit INTEGER without a change"),
+    ("x TEXT", "x REAL", ["1e3x"], "do not fit REAL without a change"),
+    ("x REAL", "x REAL AS (1.0)", [77.0], "--drop x"),
+    ("x REAL", "X REAL", [1.0], "x is X in"),
+])
+def test_migrate_changes_no_row_and_no_value(expect_success, expect_failure, db_path, tmp_path, old, new, values, said):
+    sql(db_path, f"CREATE TABLE t ({old}, k)")
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.executemany("INSERT INTO t VALUES (?, 1)", [(value,) for value in values])
+        db.commit()
+    (tmp_path / "new.sql").write_text(f"CREATE TABLE t ({new}, k)")
+    assert said in expect_failure("migrate", db_path, "--schema", "new.sql")
+    assert sql(db_path, "SELECT x FROM t") == [(value,) for value in values]
+
+
+@pytest.mark.parametrize(("old", "new", "value", "expected"), [
+    ("x INTEGER", "x REAL", 10, 10.0), ("x INTEGER", "x TEXT", 10, "10"), ("x TEXT", "x REAL", "1", 1.0),
+    ("x TEXT", "x REAL", "1.5", 1.5), ("x REAL", "x INTEGER", 10.0, 10), ("x", "x INTEGER", 7, 7),
+    ("x REAL", "x", 1.5, 1.5), ("x TEXT", "x INTEGER", None, None)])
+def test_migrate_retypes(expect_success, db_path, tmp_path, old, new, value, expected):
+    sql(db_path, f"CREATE TABLE t ({old}, k)")
+    sql(db_path, "INSERT INTO t VALUES (?, 1)", value)
+    (tmp_path / "new.sql").write_text(f"CREATE TABLE t ({new}, k)")
+    expect_success("migrate", db_path, "--schema", "new.sql")
+    ((found,),) = sql(db_path, "SELECT x FROM t")
+    assert found == expected and type(found) is type(expected)
+
+
+def test_migrate_drops_the_index_of_a_dropped_column(expect_success, expect_failure, db_path, tmp_path):
+    sql(db_path, "CREATE TABLE t (a TEXT, h TEXT)")
+    sql(db_path, "CREATE INDEX ih ON t (h)")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT)")
+    sql(db_path, "CREATE VIEW v AS SELECT h FROM t")
+    message = expect_failure("migrate", db_path, "--schema", "new.sql", "--drop", "h")
+    assert "view v would not work any more: no such column: h" in message
+    sql(db_path, "DROP VIEW v")
+    out = expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "h")
+    assert out.splitlines()[:2] == ["drop column h", "drop index ih"]
+
+
+def test_merge_waits_for_a_locked_source(db_path, tmp_path):
+    for name in ("results.db", "a.db"):
+        assert process("insert", name, stdin=DATA, env={**os.environ, "DBTOOL_JOURNAL": "delete"}).returncode == 0
+    with contextlib.closing(sqlite3.connect("a.db", isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        with subprocess.Popen([sys.executable, DBTOOL, "merge", "results.db", "a.db"], stdout=subprocess.PIPE) as child:
+            time.sleep(1)
+            assert child.poll() is None
+            db.execute("COMMIT")
+            assert child.stdout.read() == b"a.db: 1 added, 0 known\n"
+
+
+def test_merge_refuses_rows_without_a_key(expect_failure, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (k TEXT PRIMARY KEY, x)")
+    sql("null.db", "CREATE TABLE t (k TEXT PRIMARY KEY, x)")
+    sql("null.db", "INSERT INTO t VALUES (NULL, 1)")
+    sql("nokey.db", "CREATE TABLE t (x)")
+    for name in ("null.db", "nokey.db"):
+        assert "has rows without the key" in expect_failure("merge", db_path, name, "--schema", "s.sql")
+    assert not db_path.exists()
+
+
+def test_a_name_that_is_not_utf8(db_path, tmp_path):
+    name = os.fsdecode(b"n\xff.db")
+    assert process("insert", name, stdin=DATA).returncode == 0
+    assert process("merge", db_path, name).stdout == b"n\xff.db: 1 added, 0 known\n"
+    assert process("snapshot", db_path, os.fsdecode(b"o\xff.db")).returncode == 0
+    assert process("query", os.fsdecode(b"o\xff.db"), "SELECT count(*) FROM results").stdout == b"count(*)\n1\n"
 
 
 def test_migrate_of_comments_alone_is_nothing(expect_success, db_path, tmp_path):
