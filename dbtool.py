@@ -576,6 +576,8 @@ def as_failure(error: Exception, path: str) -> Failure:
             text = "cannot be opened: you may not write to it or to its folder"
         else:
             text = "cannot be opened, or not its -wal and -shm files beside it"
+    elif "readonly" in text and os.path.exists(path + "-journal"):
+        text = "has a transaction that a writer left unfinished; the next writer rolls it back, such as dbtool.py retry"
     elif "readonly" in text:
         text = "may not be written; mend its permissions or its folder's"
     elif "not a database" in text:
@@ -605,7 +607,7 @@ def patiently(action: Callable[[], Result], deadline: float) -> Result:
 # Where several hosts may see one file. WAL needs memory that all its users share, which hosts don't:
 # sqlite.org/wal.html. A rollback journal needs only locks.
 NETWORK = frozenset((
-    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fhgfs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs",
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse.ceph", "fuse.ceph-fuse", "fuse.gcsfuse", "fuse.glusterfs",
     "fuse.juicefs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4",
     "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "vboxsf", "virtiofs", "wekafs"))
 
@@ -1721,9 +1723,15 @@ class Migration:
                 column = next(column for column in self.schema.columns if not column.generated)
                 names, taken = [column.name], [f"({column.default or 'NULL'})"]
             self.check_values(old)
+            if has_rowid(db, old) and has_rowid(db, table) and not any(c.rowid for c in self.schema.columns):
+                names, taken = ["_rowid_", *names], ["_rowid_", *taken]
             # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
             db.execute(f"INSERT OR ABORT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)}"
                        f" FROM {old}", [self.fill[name] for name in names if name in self.fill])
+            if any(name == "sqlite_sequence" for name, in db.execute("SELECT name FROM sqlite_master")):
+                numbered = "(SELECT max(seq) FROM sqlite_sequence WHERE name IN (?, ?))"
+                both = (self.schema.table, self.schema.table + " before migrate")
+                db.execute(f"UPDATE sqlite_sequence SET seq = {numbered} WHERE name = ?", (*both, both[0]))
             db.execute(f"DROP TABLE {old}")
         self.make_others()
 
@@ -1759,6 +1767,14 @@ class Migration:
             if row[1]:
                 raise Failure(f"column {name}: {row[1]} values do not fit {column.type} without a change, such as"
                               f" {shown(row[0])}; mend them first, or keep the type")
+
+
+def has_rowid(db: sqlite3.Connection, table: str) -> bool:
+    try:
+        db.execute(f"SELECT _rowid_ FROM {table} LIMIT 0")
+        return True
+    except sqlite3.OperationalError:  # it is WITHOUT ROWID
+        return False
 
 
 def migrate(path: str, schema: Schema, drop: Iterable[str] = (), fill: Mapping[str, str] | None = None,

@@ -387,6 +387,20 @@ def test_migrate_retypes(expect_success, db_path, tmp_path, old, new, value, exp
     assert found == expected and type(found) is type(expected)
 
 
+@pytest.mark.parametrize("key", ["", "n INTEGER PRIMARY KEY, ", "n INTEGER PRIMARY KEY AUTOINCREMENT, "])
+def test_migrate_keeps_the_numbers_of_rows(expect_success, db_path, tmp_path, key):
+    sql(db_path, f"CREATE TABLE t ({key}x TEXT)")
+    for number in (5, 7, 9):
+        sql(db_path, "INSERT INTO t (rowid, x) VALUES (?, 'a')", number)
+    sql(db_path, "DELETE FROM t WHERE rowid = 9")
+    (tmp_path / "new.sql").write_text(f"CREATE TABLE t (y TEXT DEFAULT 'b', {key}x TEXT)")
+    expect_success("migrate", db_path, "--schema", "new.sql")
+    assert sql(db_path, "SELECT rowid FROM t") == [(5,), (7,)]
+    sql(db_path, "INSERT INTO t (x) VALUES ('c')")
+    assert sql(db_path, "SELECT max(rowid) FROM t") == [(10 if "AUTO" in key else 8,)]
+    assert "before" not in str(sql(db_path, "SELECT * FROM sqlite_master"))
+
+
 def test_migrate_drops_the_index_of_a_dropped_column(expect_success, expect_failure, db_path, tmp_path):
     sql(db_path, "CREATE TABLE t (a TEXT, h TEXT)")
     sql(db_path, "CREATE INDEX ih ON t (h)")
