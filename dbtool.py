@@ -1728,7 +1728,7 @@ class Migration:
             # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
             db.execute(f"INSERT OR ABORT INTO {table} ({', '.join(map(quote, names))}) SELECT {', '.join(taken)}"
                        f" FROM {old}", [self.fill[name] for name in names if name in self.fill])
-            if any(name == "sqlite_sequence" for name, in db.execute("SELECT name FROM sqlite_master")):
+            if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone()[0]:
                 numbered = "(SELECT max(seq) FROM sqlite_sequence WHERE name IN (?, ?))"
                 both = (self.schema.table, self.schema.table + " before migrate")
                 db.execute(f"UPDATE sqlite_sequence SET seq = {numbered} WHERE name = ?", (*both, both[0]))
@@ -1747,7 +1747,7 @@ class Migration:
         for name, (kind, _) in {**own, **self.wanted}.items():
             if kind == "view":
                 try:
-                    self.db.execute(f"SELECT * FROM {quote(name)} LIMIT 0")
+                    self.db.execute(f"SELECT * FROM {quote(name)} LIMIT 0").fetchall()
                 except sqlite3.OperationalError as error:
                     raise Failure(f"view {name} would not work any more: {error}; change or drop it first") from None
 
@@ -1771,7 +1771,7 @@ class Migration:
 
 def has_rowid(db: sqlite3.Connection, table: str) -> bool:
     try:
-        db.execute(f"SELECT _rowid_ FROM {table} LIMIT 0")
+        db.execute(f"SELECT _rowid_ FROM {table} LIMIT 0").fetchall()
         return True
     except sqlite3.OperationalError:  # it is WITHOUT ROWID
         return False
