@@ -708,8 +708,6 @@ class Plan:
                 self.conversions.append((index, convert))
 
     def row(self, record: Mapping[str, Any]) -> Sequence[Any]:
-        if not self.conversions:
-            return tuple(record.values())
         values = list(record.values())
         for index, convert in self.conversions:
             values[index] = convert(values[index])
@@ -1616,9 +1614,8 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
         sync_folder(final)
     finally:
         PROGRESS.clear()
-        for left in (part, packed):
-            if left and os.path.exists(left):
-                os.unlink(left)
+        for left in filter(None, (part, packed)):
+            remove(left)
 
 
 def compressor(target: str) -> Callable[[Any], Any]:
@@ -1910,16 +1907,11 @@ def insert_manual_command(options: Options) -> None:
     """Store one row, each column given as a flag."""
     schema = options.schema()
     record: dict[str, Any] = {}
-    for flag, text in options.columns:
+    for flag, text in [*options.columns, *((name, None) for name in options.flags.get("--null", []))]:
         column = flag_column(schema, flag)
         if column.name in record:
             raise Failure(f"column {column.name} is given twice", USAGE)
-        record[column.name] = fit_text(column, text)
-    for name in options.flags.get("--null", []):
-        column = flag_column(schema, name)
-        if column.name in record:
-            raise Failure(f"column {column.name} is given twice", USAGE)
-        record[column.name] = fit(column, None)
+        record[column.name] = fit(column, None) if text is None else fit_text(column, text)
     store(options.path, Rows(schema, [record], options.conflict), options.timeout)
 
 
