@@ -766,8 +766,8 @@ class Rows:
             except (Misfit, ValueError, OverflowError, RecursionError) as error:
                 raise self.refusal(error) from None
 
-    def refusal(self, error: Exception) -> Failure:
-        return Failure(f"record {self.number}: {why_refused(self.schema, self.record, error)}")
+    def refusal(self, error: Exception) -> Misfit:
+        return Misfit(f"record {self.number}: {why_refused(self.schema, self.record, error)}")
 
     def insert(self, db: sqlite3.Connection, first: tuple[str, Sequence[Any]]) -> dict[str, Any]:
         """Insert *first* and all pairs that follow; return the claim.
