@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import dbtool
-from dbtool import Column, Failure, Schema, quote, shown
+from dbtool import Column, Failure, Misfit, Schema, quote, shown
 
 FINISH_GRACE_S = 10.0  # how long running jobs may go on after a signal
 KILL_GRACE_S = 5.0  # how long a job that was told to end may take
@@ -99,8 +99,8 @@ def axis_of_flag(schema: Schema, flag: str) -> Axis:
     column = settable(schema, name.replace("-", "_") if name not in schema.by_name else name, "-p")
     try:
         return Axis([column], {(dbtool.fit_text(column, text),): None for text in expanded(values)})
-    except Failure as failure:
-        raise Failure(f"-p {flag}: {failure}", dbtool.USAGE) from None
+    except Misfit as misfit:
+        raise Failure(f"-p {flag}: {misfit}", dbtool.USAGE) from None
 
 
 def settable(schema: Schema, name: str, where: str) -> Column:
@@ -117,7 +117,7 @@ def expanded(values: str) -> Iterator[str]:
     """Yield the texts that VALUES means: separated by commas, and START..END or START..END..STEP inclusive."""
     for part in values.split(","):
         if not part:
-            raise Failure("an empty value; give such a one with --params")
+            raise Misfit("an empty value; give such a one with --params")
         try:
             numbers = [decimal.Decimal(text) for text in part.split("..")]
         except decimal.InvalidOperation:
@@ -127,10 +127,10 @@ def expanded(values: str) -> Iterator[str]:
             continue
         start, end, step = (*numbers, decimal.Decimal(1))[:3]
         if not step or (end - start) / step < 0:
-            raise Failure(f"the range {part} never reaches its end; write START..END..STEP")
+            raise Misfit(f"the range {part} never reaches its end; write START..END..STEP")
         count = int((end - start) / step) + 1
         if count > RANGE_MOST:
-            raise Failure(f"the range {part} has {count:,} values; at most {RANGE_MOST:,} can be swept")
+            raise Misfit(f"the range {part} has {count:,} values; at most {RANGE_MOST:,} can be swept")
         yield from (f"{start + i * step:f}" for i in range(count))
 
 
@@ -152,8 +152,8 @@ def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]]) -> Axi
                           f" {', '.join(column.name for column in columns)}")
         try:
             key = tuple(typed(column, parameters[column.name]) for column in columns)
-        except Failure as failure:
-            raise Failure(f"{where}: {failure}") from None
+        except Misfit as misfit:
+            raise Failure(f"{where}: {misfit}") from None
         rows[key] = max(samples or 0, rows.get(key) or 0) or None
     return Axis(columns, rows)
 
@@ -175,6 +175,7 @@ class Plan:
         self.columns = [column for axis in axes for column in axis.columns]
         self.names = [column.name for column in self.columns]
         self.sample = "#sample" if "sample" in self.names else "sample"
+        db.set_progress_handler(dbtool.SIGNALS.pending, dbtool.STEPS_BETWEEN_CHECKS)
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)
@@ -270,15 +271,16 @@ def planned(path: str, schema: Schema, axes: Sequence[Axis], samples: int, where
     """Return use(plan), with the plan made in a connection that can't change the results file at *path*."""
 
     def work(db: sqlite3.Connection) -> Any:
-        return use(Plan(db, schema, axes, samples, where))
+        with dbtool.SIGNALS:
+            return use(Plan(db, schema, axes, samples, where))
 
     try:
         if os.path.exists(path):
             return dbtool.reading(path, work, guarded=False)
-        db = sqlite3.connect(":memory:", isolation_level=None)
-        with contextlib.closing(db):
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
             return work(db)
     except sqlite3.Error as error:
+        dbtool.SIGNALS.check()
         raise dbtool.as_failure(error, path) from None
 
 
@@ -564,10 +566,12 @@ class Guard:
                 os.setsid()
                 for number in STOPPING:
                     signal.signal(number, signal.SIG_IGN)
+                # Hold nothing open: neither the lock, nor what a reader of the sweep's output waits for the end of.
                 nowhere = os.open(os.devnull, os.O_RDWR)
-                for descriptor in range(3):  # a reader of the sweep's output must not wait for this process
-                    os.dup2(nowhere, descriptor)
-                self.stand_by(reader, token)
+                for descriptor, file in enumerate((reader, nowhere, nowhere)):
+                    os.dup2(file, descriptor)
+                os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+                self.stand_by(0, token)
             finally:
                 os._exit(0)
         os.close(reader)
@@ -676,7 +680,7 @@ class Writer(threading.Thread):
         while True:
             try:
                 dbtool.store(self.path, dbtool.Rows(self.schema, records, "fail"), STORE_TRY_S, is_stored)
-            except dbtool.Misfit as refusal:
+            except Misfit as refusal:
                 if len(batch) > 1:
                     for job in batch:
                         self.store([job])
@@ -824,7 +828,7 @@ class Sweep:
             with contextlib.suppress(OSError):
                 os.unlink(self.log_path(job.run))  # of an earlier failure
             job.close()
-        elif isinstance(refusal, dbtool.Misfit):
+        elif isinstance(refusal, Misfit):
             self.failed(job, str(refusal))
         else:
             job.close()
@@ -892,6 +896,8 @@ class Sweep:
             done += f", {self.unfinished:,} ended unfinished"
         if self.stop_reason:
             done = f"stopped by {self.stop_reason}: {done}, {left:,} left"
+        with contextlib.suppress(OSError):
+            os.rmdir(self.logs)  # if it is empty now
         for where in self.writer.kept:
             say(f"{self.name}: {self.writer.trouble}; {where}")
         for run, reason, log in self.failures[:FAILURES_NAMED]:
@@ -1081,7 +1087,8 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     schema = dbtool.read_schema(options.schema, options.table)
     if not options.dry_run and bool(words) == bool(options.call):
         raise Failure("give a command after --, or --call MODULE:FUNCTION", dbtool.USAGE)
-    axes = chosen_axes(options, schema)
+    with dbtool.SIGNALS:
+        axes = chosen_axes(options, schema)
     command = Command(words, options.call, [column.name for axis in axes for column in axis.columns])
     if words or options.call:
         command.check(schema, axes, name)
