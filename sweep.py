@@ -982,15 +982,14 @@ def clock(seconds: float) -> str:
 
 
 def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) -> Iterator[str]:
-    """Yield a line of shell for each run, which stores its result too."""
+    """Return a line of shell for each run, which stores its result too."""
+    for run in runs:
+        if "\n" in "".join(command.for_run(run)):
+            raise Failure(f"--list: {run} has a value of several lines, which one line can't hold")
     here = os.path.dirname(os.path.realpath(__file__))
     insert = [sys.executable, os.path.join(here, "dbtool.py"), "insert", os.path.realpath(options.database)]
     insert += ["--skip-text", *schema_flags(options)]
-    for run in runs:
-        line = f"{shlex.join(command.for_run(run))} | {shlex.join(insert)}\n"
-        if line.count("\n") > 1:
-            raise Failure(f"--list: {run} has a value of several lines, which one line can't hold")
-        yield line
+    return (f"{shlex.join(command.for_run(run))} | {shlex.join(insert)}\n" for run in runs)
 
 
 def counted(plan: Plan) -> list[str]:

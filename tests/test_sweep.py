@@ -20,6 +20,7 @@ from conftest import SWEEP, kept, need, need_program
 import dbtool
 
 SCHEMA = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
+LONG = f"90.{os.getpid():08}"  # seconds of sleep, by which this run's processes can be told from all others
 GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]
 
 
@@ -73,9 +74,13 @@ def wait_for(condition, seconds=20.0):
 
 
 def processes(mark):
-    """Return the processes whose command line has *mark* in it."""
-    done = subprocess.run(["ps", "-eo", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if mark in line and " Z" not in line[:14]]
+    """Return the command lines of the processes that have *mark* in it."""
+    done = subprocess.run(["ps", "-ww", "-eo", "stat=,args="], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if mark in line and line[0] != "Z"]
+
+
+def sleeping():
+    return [line for line in processes(LONG) if line.endswith(f" sleep {LONG}")]
 
 
 # ----------------------------------------------------------------------------------------------- results
@@ -205,9 +210,9 @@ def test_a_program_that_vanishes_is_a_failure_of_the_job(swept):
 
 def test_timeout_ends_the_whole_group(swept):
     began = time.monotonic()
-    said = swept("-p", "n=1", "--timeout", "0.5", *shell("sleep 98.7 & sleep 98.7; wait"), status=1)
+    said = swept("-p", "n=1", "--timeout", "0.5", *shell(f"sleep {LONG} & sleep {LONG}; wait"), status=1)
     assert "n=1 sample=1: timed out after 0.5 s; see" in said and time.monotonic() - began < 5
-    assert processes("sleep 98.7") == []
+    assert processes(LONG) == []
 
 
 def test_a_job_that_ignores_the_signal_is_killed(swept, monkeypatch):
@@ -217,8 +222,8 @@ def test_a_job_that_ignores_the_signal_is_killed(swept, monkeypatch):
 
 
 def test_what_a_job_leaves_behind_in_its_group_ends_with_it(swept):
-    swept("-p", "n=1", *shell('sleep 97.6 & echo "{\\"loss\\": 1}"'))
-    assert stored() == [1] and processes("sleep 97.6") == []
+    swept("-p", "n=1", *shell(f'sleep {LONG} & echo "{{\\"loss\\": 1}}"'))
+    assert stored() == [1] and processes(LONG) == []
 
 
 # ------------------------------------------------------------------------------------------ interruption
@@ -226,10 +231,10 @@ def test_what_a_job_leaves_behind_in_its_group_ends_with_it(swept):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
-    script = 'if [ "$1" = 1 ]; then sleep 1.5; echo "{\\"loss\\": 1}"; else sleep 96.5; fi'
+    script = f'if [ "$1" = 1 ]; then sleep 1.5; echo "{{\\"loss\\": 1}}"; else sleep {LONG}; fi'
     arguments = ["-p", "n=1..9", "--jobs", "3", *shell(script)]
     running = start(*arguments)
-    wait_for(lambda: len(processes("sleep 96.5")) == 2)
+    wait_for(lambda: len(sleeping()) == 2)
     running.send_signal(number)
     said = running.stderr.readline()
     assert said == f"sweep: {number.name}: waiting 10 s for 3 running jobs; a second signal ends them now\n"
@@ -239,21 +244,21 @@ def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
     assert (running.returncode, out) == (75, "")
     assert said == (f"sweep: stopped by {number.name}: r.db: 1 of 9 runs stored, 0 failed, 2 ended unfinished, 8 left;"
                     f" to go on, run: python3 {shlex.join([SWEEP, 'r.db', *arguments])}\n")
-    assert processes("sleep 96.5") == [] and logs() == {}
+    assert processes(LONG) == [] and logs() == {}
     assert sorted(os.listdir()) == ["r.db", "runs.sql"]
 
 
 @pytest.mark.slow
 def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
-    script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # 95.4"
+    script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # " + LONG
     running = start("-p", "n=1,2,3", "--jobs", "2", *shell(script))
-    wait_for(lambda: len(processes("# 95.4 sh")) == 2)
+    wait_for(lambda: len(processes(f"# {LONG} sh")) == 2)
     began = time.monotonic()
     running.terminate()
     _, said = running.communicate(timeout=40)
     assert running.returncode == 75 and 14 < time.monotonic() - began < 20
     assert "2 ended unfinished, 3 left" in said
-    assert processes("# 95.4") == []
+    assert processes(LONG) == []
 
 
 def test_a_signal_when_all_is_done_is_no_failure(swept):
@@ -266,7 +271,7 @@ def test_a_signal_when_all_is_done_is_no_failure(swept):
 
 
 def test_a_signal_while_planning_stops_it(tmp_path):
-    running = start("-p", "n=1..3000000", "--where", "n < 0 OR n % 2 + n % 3 < 9", "--jobs", "1", *shell("sleep 94.3"))
+    running = start("-p", "n=1..3000000", "--where", "n < 0 OR n % 2 + n % 3 < 9", "--jobs", "1", *shell("true"))
     time.sleep(0.7)
     running.send_signal(signal.SIGUSR1)
     out, said = running.communicate(timeout=20)
@@ -274,12 +279,12 @@ def test_a_signal_while_planning_stops_it(tmp_path):
 
 
 def test_kill_9_leaves_no_orphan_and_the_next_sweep_completes(swept):
-    script = 'setsid sleep 93.2 & sleep 93.2; echo "{\\"loss\\": 1}"'
+    script = f'setsid sleep {LONG} & sleep {LONG}; echo "{{\\"loss\\": 1}}"'
     running = start("-p", "n=1..3", "--jobs", "3", *shell(script))
-    wait_for(lambda: len(processes("sleep 93.2")) >= 9)  # sh, and the two sleeps, of each
+    wait_for(lambda: len(sleeping()) == 6)
     running.kill()
     running.communicate(timeout=20)  # nobody holds its output open
-    wait_for(lambda: processes("sleep 93.2") == [])
+    wait_for(lambda: processes(LONG) == [])
     swept("-p", "n=1..3", "--", *GOOD)
     assert stored() == [1, 2, 3]
 
@@ -379,7 +384,7 @@ def test_the_disk_is_full_for_a_while(tmp_path):
 def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(number):
     """25 moments for each of four signals; what a job has finished is never run again, but after SIGKILL."""
     rng = random.Random(number)
-    script = 'sleep "0.0$((${1} % 7))"; echo "{\\"loss\\": 1}"; echo "$1" >> ended # 92.1'
+    script = 'sleep "0.0$((${1} % 7))"; echo "{\\"loss\\": 1}"; echo "$1" >> ended # ' + LONG
     arguments = ["-p", "n=1..300", "--jobs", "4", *shell(script)]
     for _ in range(25):
         running = start(*arguments)
@@ -388,7 +393,7 @@ def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(numbe
         _, said = running.communicate(timeout=30)
         assert running.returncode in (75, 0, -9), said
         assert "Traceback" not in said
-        wait_for(lambda: processes("# 92.1") == [])
+        wait_for(lambda: processes(LONG) == [])
         assert len(set(stored())) == len(stored())
         if number != signal.SIGKILL:
             assert sorted(map(int, Path("ended").read_text().split() if os.path.exists("ended") else [])) == stored()
