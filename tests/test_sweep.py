@@ -385,7 +385,7 @@ def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(numbe
     """25 moments for each of four signals; what a job has finished is never run again, but after SIGKILL."""
     rng = random.Random(number)
     script = 'sleep "0.0$((${1} % 7))"; echo "{\\"loss\\": 1}"; echo "$1" >> ended # ' + LONG
-    arguments = ["-p", "n=1..300", "--jobs", "4", *shell(script)]
+    arguments = ["-p", "n=1..1000", "--jobs", "4", *shell(script)]
     for _ in range(25):
         running = start(*arguments)
         time.sleep(0.1 + rng.random() * 0.5)
@@ -400,7 +400,7 @@ def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(numbe
     last = start(*arguments)
     _, said = last.communicate(timeout=60)
     assert last.returncode == 0, said
-    assert stored() == list(range(1, 301))
+    assert stored() == list(range(1, 1001))
 
 
 # ---------------------------------------------------------------------------------------------- capacity
