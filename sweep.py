@@ -60,6 +60,7 @@ TICK_S = 0.2
 SPOOL_BYTES = 1 << 22  # what a job prints beyond this waits in a temporary file
 RANGE_MOST = 10_000_000  # values
 FAILURES_NAMED = 10
+LAST_WORDS = 100  # characters of a failed job's last line on standard error
 NO_RESULT = "it printed no JSON object"
 STOPPED = "ended, since the sweep was stopped"
 STOPPING = {**dbtool.STOPPING, signal.SIGUSR1: "SIGUSR1"}  # Slurm can send the last before its time limit
@@ -442,12 +443,21 @@ class Job:
             self.printed[pipe].seek(0)
             yield from iter(lambda: self.printed[pipe].read(dbtool.CHUNK_BYTES), b"")
 
+    def last_words(self) -> str:
+        """Return the last line on standard error, if there is one, which often says it all."""
+        file = self.printed[self.err]
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
+
     def result(self, schema: Schema) -> list[dict[str, Any]]:
         """Return the records that the job printed, complete; raise Failure if it failed."""
         if self.why_ended:
             raise Failure(self.why_ended)
         if self.status:
-            raise Failure(f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}")
+            how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
+            raise Failure(how + self.last_words())
         try:
             found = list(dbtool.records(self.chunks(self.out), skip_text=True))
         except Failure as failure:

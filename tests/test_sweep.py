@@ -146,7 +146,7 @@ def test_a_job_that_prints_several_records_stores_them_all(swept):
 
 
 @pytest.mark.parametrize("script, reason", [
-    ('echo "{\\"loss\\": 1}"; echo oops >&2; exit 3', "exit status 3"),
+    ('echo "{\\"loss\\": 1}"; printf "oops\\n\\n" >&2; exit 3', "exit status 3 (oops)"),
     ("kill -SEGV $$", "killed by signal 11"),
     ("echo hello", "it printed no JSON object"),
     ("true", "it printed no JSON object"),
@@ -172,7 +172,7 @@ def test_a_failed_job_is_named_with_its_reason_and_its_log_stays(swept, script, 
 def test_the_log_has_what_the_job_printed(swept):
     swept("-p", "n=1", "--logs", "deep/logs", *shell("echo to out; echo to err >&2; exit 1"), status=1)
     [log] = Path("deep/logs").iterdir()
-    assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nseconds: \d\.\d{3}\nreason: exit status 1\n"
+    assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nseconds: \d\.\d{3}\nreason: exit status 1 \(to err\)\n"
                         r"--- standard output\nto out\n--- standard error\nto err\n", log.read_text())
 
 
@@ -525,7 +525,7 @@ def test_a_function_may_take_the_sample_and_runs_where_it_should(swept, module, 
 
 
 @pytest.mark.parametrize("function, reason, logged", [
-    ("bad", "exit status 1", "ValueError: n is no good"), ("nothing", "exit status 1", "work:nothing returned null; a dict"),
+    ("bad", "exit status 1 (ValueError: n is no good)", "ValueError: n is no good"), ("nothing", "exit status 1", "work:nothing returned null; a dict"),
     ("missing", "exit status 1", "no attribute 'missing'")])
 def test_a_function_that_fails_leaves_its_traceback_in_the_log(swept, module, function, reason, logged):
     said = swept("-p", "n=1", "--call", f"work:{function}", status=1)
