@@ -542,7 +542,8 @@ class Pool:
 
     def end(self, why: str) -> None:
         for job in self.running.values():
-            job.end(why)
+            if not job.why_ended:  # being told twice could disturb it while it cleans up
+                job.end(why)
 
     def kill(self, why: str) -> None:
         for job in self.running.values():
@@ -555,6 +556,7 @@ class Pool:
             for job in self.wait(TICK_S):
                 job.close()
         self.guard.close()
+        os.environ.pop(TOKEN, None)
         self.selector.close()
         os.close(self.woken)
         os.close(self.waker)
@@ -798,6 +800,8 @@ class Sweep:
     def loop(self) -> None:
         while True:
             self.fill()
+            if not self.writer.is_alive():
+                raise RuntimeError("the thread that writes has ended")
             if not self.pool.running and not self.writing and (self.stop_reason or not self.waiting):
                 break
             for job in self.pool.wait(TICK_S):
