@@ -229,9 +229,11 @@ def test_what_a_job_leaves_behind_in_its_group_ends_with_it(swept):
 # ------------------------------------------------------------------------------------------ interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)),
+], ids=lambda number: number.name)
 def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
-    script = f'if [ "$1" = 1 ]; then sleep 1.5; echo "{{\\"loss\\": 1}}"; else sleep {LONG}; fi'
+    script = f'if [ "$1" = 1 ]; then sleep 1; echo "{{\\"loss\\": 1}}"; else sleep {LONG}; fi'
     arguments = ["-p", "n=1..9", "--jobs", "3", *shell(script)]
     running = start(*arguments)
     wait_for(lambda: len(sleeping()) == 2)
@@ -262,17 +264,18 @@ def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
 
 
 def test_a_signal_when_all_is_done_is_no_failure(swept):
-    running = start("-p", "n=1", "--jobs", "1", *shell('sleep 1; echo "{\\"loss\\": 1}"'))
-    wait_for(lambda: processes("sleep 1"))
-    time.sleep(0.2)
+    running = start("-p", "n=1", "--jobs", "1", *shell('touch begun; sleep 0.7; echo "{\\"loss\\": 1}"'))
+    wait_for(lambda: os.path.exists("begun"))
     running.terminate()
     _, said = running.communicate(timeout=20)
     assert running.returncode == 0 and "1 of 1 runs stored" in said
 
 
 def test_a_signal_while_planning_stops_it(tmp_path):
-    running = start("-p", "n=1..3000000", "--where", "n < 0 OR n % 2 + n % 3 < 9", "--jobs", "1", *shell("true"))
-    time.sleep(0.7)
+    endless = "(WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c) SELECT count(*) FROM c) > n"
+    running = start("-p", "n=1..3", "--where", endless, *shell("true"))
+    wait_for(lambda: os.path.exists("r.db-sweep.lock"))
+    time.sleep(0.3)
     running.send_signal(signal.SIGUSR1)
     out, said = running.communicate(timeout=20)
     assert (running.returncode, out, said) == (75, "", "sweep: r.db: stopped by SIGUSR1\n")
@@ -290,7 +293,7 @@ def test_kill_9_leaves_no_orphan_and_the_next_sweep_completes(swept):
 
 
 def test_a_second_sweep_on_the_same_file_is_told_who_is_at_work(call_sweep):
-    running = start("-p", "n=1", *shell('sleep 2; echo "{\\"loss\\": 1}"'))
+    running = start("-p", "n=1", *shell('sleep 1; echo "{\\"loss\\": 1}"'))
     wait_for(lambda: os.path.exists("r.db-sweep.lock") and Path("r.db-sweep.lock").read_text())
     result = call_sweep("./r.db", "-p", "n=2", "--", *GOOD)
     assert (result.status, result.out) == (75, "")
@@ -353,6 +356,7 @@ def test_a_results_file_that_breaks_stops_the_sweep_and_the_results_are_kept():
     assert kept("r.db")
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_for_a_while(tmp_path):
     need(os.geteuid() == 0, "root, to mount a full disk")
     disk = tmp_path / "disk"
