@@ -20,6 +20,11 @@ or the file is in use by another sweep: run it again.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the other modules load
+
 import argparse
 import collections
 import contextlib
@@ -28,6 +33,7 @@ import errno
 import fcntl
 import importlib.machinery
 import io
+import itertools
 import json
 import math
 import os
@@ -36,7 +42,6 @@ import resource
 import selectors
 import shlex
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -57,8 +62,8 @@ STORE_TRY_S = 1.0  # how long one try to store waits for a lock
 LAST_TRIES_S = 60.0  # how long results that can't be stored are tried again once all jobs have ended
 LINE_EVERY_S = 60.0  # a progress line, where standard error is no terminal
 TICK_S = 0.2
-SPOOL_BYTES = 1 << 22  # what a job prints beyond this waits in a temporary file
-RANGE_MOST = 10_000_000  # values
+PIPE_BYTES = 1 << 16  # what a pipe holds on Linux: pipe(7)
+MOST = 10_000_000  # values of a range, samples of a combination, runs of a sweep
 FAILURES_NAMED = 10
 LAST_WORDS = 100  # characters of a failed job's last line on standard error
 NO_RESULT = "it printed no JSON object"
@@ -84,8 +89,13 @@ class Axis(NamedTuple):
 class Run(NamedTuple):
     """One run that is wanted: its parameters, and its number among those with the same parameters, from 1."""
 
-    parameters: dict[str, Any]
+    names: tuple[str, ...]  # shared by all runs of a plan
+    values: tuple[Any, ...]
     sample: int
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.values))
 
     def __str__(self) -> str:
         pairs = [f"{name}={as_word(value)}" for name, value in self.parameters.items()]
@@ -127,24 +137,30 @@ def expanded(values: str) -> Iterator[str]:
             yield part
             continue
         start, end, step = (*numbers, decimal.Decimal(1))[:3]
-        if not step or (end - start) / step < 0:
+        try:
+            steps = (end - start) / step
+        except decimal.DecimalException:
+            steps = decimal.Decimal(-1)
+        if steps < 0:
             raise Misfit(f"the range {part} never reaches its end; write START..END..STEP")
-        count = int((end - start) / step) + 1
-        if count > RANGE_MOST:
-            raise Misfit(f"the range {part} has {count:,} values; at most {RANGE_MOST:,} can be swept")
-        yield from (f"{start + i * step:f}" for i in range(count))
+        if steps >= MOST:
+            raise Misfit(f"the range {part} has more than {MOST:,} values")
+        yield from (f"{start + i * step:f}" for i in range(int(steps) + 1))
 
 
-def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]]) -> Axis:
-    """Return the axis that a list of JSON objects says; all of them have the same keys."""
+def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], default: int = 1) -> Axis:
+    """Return the axis that a list of JSON objects says; all of them have the same keys.
+
+    Those that don't say how many samples are wanted get the *default*.
+    """
     rows: dict[tuple[Any, ...], int | None] = {}
     columns: list[Column] = []
     for number, record in enumerate(records, 1):
         where = f"--params: record {number}"
         parameters = dict(record)
-        samples = None if "samples" in schema.by_name else parameters.pop("samples", None)
-        if samples is not None and (type(samples) is not int or samples < 1):
-            raise Failure(f"{where}: samples takes a positive integer, not {shown(samples)}")
+        samples = default if "samples" in schema.by_name else parameters.pop("samples", default)
+        if type(samples) is not int or not 1 <= samples <= MOST:
+            raise Failure(f"{where}: samples takes an integer from 1 to {MOST:,}, not {shown(samples)}")
         columns = columns or [settable(schema, name, where) for name in parameters]
         if set(parameters) != {column.name for column in columns}:
             for name in parameters:
@@ -155,7 +171,7 @@ def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]]) -> Axi
             key = tuple(typed(column, parameters[column.name]) for column in columns)
         except Misfit as misfit:
             raise Failure(f"{where}: {misfit}") from None
-        rows[key] = max(samples or 0, rows.get(key) or 0) or None
+        rows[key] = max(samples, rows.get(key) or 0)
     return Axis(columns, rows)
 
 
@@ -174,13 +190,15 @@ class Plan:
     def __init__(self, db: sqlite3.Connection, schema: Schema, axes: Sequence[Axis], samples: int, where: str) -> None:
         self.db = db
         self.columns = [column for axis in axes for column in axis.columns]
-        self.names = [column.name for column in self.columns]
-        self.sample = "#sample" if "sample" in self.names else "sample"
+        self.names = tuple(column.name for column in self.columns)
+        self.sample = "#sample" if "sample" in map(str.lower, self.names) else "sample"
         db.set_progress_handler(dbtool.SIGNALS.pending, dbtool.STEPS_BETWEEN_CHECKS)
+        if sys.version_info >= (3, 12):  # else a misspelt name in double quotes is a string
+            db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)
-        db.execute('CREATE TABLE plan.stored ("#id" INTEGER PRIMARY KEY, rows INTEGER, numbers TEXT)')
+        db.execute('CREATE TABLE plan.stored ("#id" INTEGER PRIMARY KEY, "#rows" INTEGER, "#numbers" TEXT)')
         if db.execute("SELECT count(*) FROM main.sqlite_master").fetchone()[0]:
             dbtool.check_columns(dbtool.columns_of(db, schema.table), schema)
             self.count(schema)
@@ -198,7 +216,7 @@ class Plan:
                                 ((count, *values) for values, count in axis.rows.items()))
         self.db.execute(f"CREATE TABLE plan.wanted ({', '.join(wanted)})")
         counts = ", ".join(["NULL", *(f'"#{number}"' for number in range(len(axes))), str(samples)])
-        self.ask("--where", f"""INSERT INTO plan.wanted
+        self.ask("--where", self.names, f"""INSERT INTO plan.wanted
             SELECT {', '.join(["NULL", f"coalesce({counts})", *map(quote, self.names)])}
             {'FROM ' + ' CROSS JOIN '.join(tables) if tables else ''} WHERE ({where or 1}\n)""")
 
@@ -215,23 +233,23 @@ class Plan:
             FROM main.{quote(schema.table)} AS results CROSS JOIN plan.wanted
             WHERE {' AND '.join(same) or '1'} GROUP BY 1""")
 
-    def ask(self, flag: str, sql: str) -> sqlite3.Cursor:
+    def ask(self, flag: str, names: Sequence[str], sql: str) -> sqlite3.Cursor:
         """Run SQL that has the user's own in it; raise Failure, which names the *flag* that it came from."""
         try:
             return self.db.execute(sql)
         except (sqlite3.Error, sqlite3.Warning) as error:
             dbtool.SIGNALS.check()
-            raise Failure(f"{flag}: {error}; it takes SQL over {', '.join([*self.names, self.sample])}",
-                          dbtool.USAGE) from None
+            raise Failure(f"{flag}: {error}; it takes SQL over {', '.join(names)}", dbtool.USAGE) from None
 
     def missing(self, order: str) -> list[Run]:
         """Return the runs whose rows are missing; by default every combination once before any twice."""
-        combinations = self.db.execute("""SELECT coalesce(rows, 0), numbers, wanted.*
+        left = self.counts()[0][-1]
+        if left > MOST:
+            raise Failure(f"{left:,} runs are missing; at most {MOST:,} make a sweep")
+        combinations = self.db.execute("""SELECT coalesce("#rows", 0), "#numbers", wanted.*
             FROM plan.wanted LEFT JOIN plan.stored USING ("#id")
-            WHERE coalesce(rows, 0) < "#samples" ORDER BY "#id" """)
-        runs = [Run(parameters, number)
-                for rows, numbers, _, wanted, *values in combinations.fetchall()
-                for parameters in [dict(zip(self.names, values))]
+            WHERE coalesce("#rows", 0) < "#samples" ORDER BY "#id" """)
+        runs = [Run(self.names, tuple(values), number) for rows, numbers, _, wanted, *values in combinations
                 for number in missing_numbers(wanted, rows, numbers)]
         runs.sort(key=lambda run: run.sample)
         return self.in_order(runs, order) if order else runs
@@ -241,13 +259,14 @@ class Plan:
         names = [self.sample, *self.names]
         self.db.execute(f"CREATE TABLE plan.missing ({', '.join(map(quote, names))})")
         self.db.executemany(f"INSERT INTO plan.missing VALUES ({', '.join('?' * len(names))})",
-                            ([run.sample, *run.parameters.values()] for run in runs))
-        found = self.ask("--order", f"SELECT rowid FROM plan.missing ORDER BY {order}\n, rowid").fetchall()
+                            ([run.sample, *run.values] for run in runs))
+        found = self.ask("--order", names, f"SELECT rowid FROM plan.missing ORDER BY {order}\n, rowid").fetchall()
         return [runs[rowid - 1] for rowid, in found]
 
     def counts(self) -> list[tuple[Any, ...]]:
         """Return (parameter, value, wanted, stored, missing) for all runs together, and for each value."""
-        sums = """sum("#samples"), sum(min(coalesce(rows, 0), "#samples")), sum(max("#samples" - coalesce(rows, 0), 0))
+        sums = """coalesce(sum("#samples"), 0), coalesce(sum(min(coalesce("#rows", 0), "#samples")), 0),
+            coalesce(sum(max("#samples" - coalesce("#rows", 0), 0)), 0)
             FROM plan.wanted LEFT JOIN plan.stored USING ("#id")"""
         found = self.db.execute(f"SELECT 'all', NULL, {sums}").fetchall()
         for name in self.names:
@@ -322,7 +341,7 @@ class Command:
         """Return the program and its arguments for one run."""
         if self.call:
             return [sys.executable, os.path.realpath(__file__), "--call-once", os.getcwd(), self.call,
-                    json.dumps(run.parameters), str(run.sample)]
+                    json.dumps(run.parameters, default=bytes.hex), str(run.sample)]
         values = {"sample": run.sample, **run.parameters}
 
         def value(match: re.Match[str]) -> str:
@@ -342,6 +361,11 @@ def as_word(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and 0 < abs(value) < 1e15:
         return str(int(value))
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def printable(text: str) -> str:
+    """Return *text* with an escape for each byte that is not UTF-8, which Python holds as half a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
@@ -370,13 +394,19 @@ def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
 # ------------------------------------------------------------------------------------------------- run
 
 
+class Output(dbtool.Input):
+    """What a job has printed on one pipe: a little in memory, more of it in a temporary file, if there is room."""
+
+    def __init__(self, pipe: int) -> None:
+        super().__init__(None, iter([os.path.join(tempfile.gettempdir(), f"sweep-{os.getpid()}-{pipe}")]))
+
+
 class Job:
     """One run as a process of its own, the leader of its process group, and what it has printed."""
 
-    def __init__(self, run: Run, words: list[str], attempt: int) -> None:
-        self.run, self.words, self.attempt = run, words, attempt
-        self.out = self.err = -1
-        self.printed: dict[int, Any] = {}  # by pipe
+    def __init__(self, run: Run, words: list[str]) -> None:
+        self.run, self.words = run, words
+        self.printed: dict[int, Output] = {}  # by pipe: standard output, and standard error
         self.started = time.time()
         self.deadline = self.kill_at = math.inf  # time.monotonic
         self.seconds = 0.0
@@ -385,30 +415,31 @@ class Job:
         self.records: list[dict[str, Any]] = []
 
     def start(self, folder: str | None) -> None:
-        """Start the process; raises OSError. It writes into pipes, as files would lose a result on a full disk."""
-        self.out, out = os.pipe()
-        self.err, err = os.pipe()
-        self.printed = {pipe: tempfile.SpooledTemporaryFile(SPOOL_BYTES) for pipe in (self.out, self.err)}
+        """Start the process; raises OSError or ValueError.
+
+        It writes into pipes: a file would lose a result on a full disk.
+        """
+        ends: list[int] = []
         try:
+            for _ in range(2):
+                reader, writer = os.pipe()
+                self.printed[reader] = Output(reader)
+                ends.append(writer)
             if folder:
                 os.makedirs(folder, exist_ok=True)
-            self.process = subprocess.Popen(
-                self.words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=folder, close_fds=False,
-                start_new_session=True)
+            self.process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1],
+                                            cwd=folder, close_fds=False, start_new_session=True)
         finally:
-            os.close(out)
-            os.close(err)
+            for writer in ends:
+                os.close(writer)
 
     def read(self, pipe: int) -> bool:
         """Read once from one of the pipes; return whether there may be more."""
         try:
-            data = os.read(pipe, 1 << 16)
+            data = os.read(pipe, PIPE_BYTES)
         except BlockingIOError:
             return False
-        try:
-            self.printed[pipe].write(data)
-        except OSError as error:
-            self.signal(signal.SIGKILL, f"what it printed could not be held: {error.strerror}")
+        self.printed[pipe].add(data)
         return bool(data)
 
     def signal(self, number: int, why: str) -> None:
@@ -428,38 +459,40 @@ class Job:
         self.seconds = time.time() - self.started
         self.status = self.process.returncode = os.waitstatus_to_exitcode(status)
         for pipe in self.printed:
-            os.set_blocking(pipe, False)  # a process that left the group may hold the other end
-            while self.read(pipe):
-                pass
+            os.set_blocking(pipe, False)
+            for _ in range(16):  # all that a pipe can hold; a process that left the group might go on for ever
+                if not self.read(pipe):
+                    break
 
     def close(self) -> None:
-        for pipe, printed in self.printed.items():
+        for pipe, output in self.printed.items():
             os.close(pipe)
-            printed.close()
+            output.discard()
         self.printed = {}
 
-    def chunks(self, pipe: int) -> Iterator[bytes]:
-        if pipe in self.printed:
-            self.printed[pipe].seek(0)
-            yield from iter(lambda: self.printed[pipe].read(dbtool.CHUNK_BYTES), b"")
+    def output(self, index: int) -> Iterator[bytes]:
+        """Yield what it printed, 0 for standard output and 1 for standard error."""
+        for output in list(self.printed.values())[index:index + 1]:
+            yield from output.chunks()
 
     def last_words(self) -> str:
         """Return the last line on standard error, if there is one, which often says it all."""
-        file = self.printed[self.err]
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        lines = file.read().decode(errors="replace").split("\n")
+        tail = b""
+        for data in self.output(1):
+            tail = (tail + data)[-4096:]
+        lines = tail.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
 
     def result(self, schema: Schema) -> list[dict[str, Any]]:
         """Return the records that the job printed, complete; raise Failure if it failed."""
-        if self.why_ended:
+        if self.why_ended and (self.status or self.why_ended != STOPPED):
             raise Failure(self.why_ended)
         if self.status:
             how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
             raise Failure(how + self.last_words())
         try:
-            found = list(dbtool.records(self.chunks(self.out), skip_text=True))
+            found = list(dbtool.records(self.output(0), skip_text=True))
         except Failure as failure:
             raise Failure(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
         records = [self.complete(record, schema) for record in found]
@@ -474,9 +507,10 @@ class Job:
             if said != wanted:
                 raise Failure(f"it was to run with {name} {as_word(wanted)}, but its result says {as_word(said)};"
                               " is the parameter passed on, and printed as given?")
+            record[name] = wanted
         if "metadata" in schema.by_name:
             started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-            record.setdefault("metadata", {"command": shlex.join(self.words), "sample": self.run.sample,
+            record.setdefault("metadata", {"command": printable(shlex.join(self.words)), "sample": self.run.sample,
                                            "started": started, "seconds": round(self.seconds, 3)})
         return record
 
@@ -515,7 +549,6 @@ class Pool:
                 os.read(self.woken, 1 << 16)
             elif not key.data.read(key.fd):
                 self.selector.unregister(key.fd)
-        self.end_late_ones()
         while self.running:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
@@ -528,6 +561,7 @@ class Pool:
                 job.ended(status)
                 self.guard.forget(pid)
                 yield job
+        self.end_late_ones()  # after those that have ended by themselves
 
     def end_late_ones(self) -> None:
         now = time.monotonic()
@@ -582,7 +616,7 @@ class Guard:
                 nowhere = os.open(os.devnull, os.O_RDWR)
                 for descriptor, file in enumerate((reader, nowhere, nowhere)):
                     os.dup2(file, descriptor)
-                os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+                os.closerange(3, 1 << 16)
                 self.stand_by(0, token)
             finally:
                 os._exit(0)
@@ -657,6 +691,7 @@ class Writer(threading.Thread):
         self.outcomes: collections.deque[tuple[Job, Failure | None]] = collections.deque()
         self.trouble: Failure | None = None
         self.kept: list[str] = []
+        self.crash: BaseException | None = None
 
     def put(self, job: Job) -> None:
         with self.change:
@@ -677,8 +712,14 @@ class Writer(threading.Thread):
                 batch, self.waiting = self.waiting, []
             if not batch:
                 return
-            self.store(batch)
+            try:
+                self.store(batch)
+            except BaseException as error:  # a bug; the main thread shows it
+                self.crash = error
+                self.keep([record for job in batch for record in job.records], None, "an error in the program")
             self.wake()
+            if self.crash:
+                return
             time.sleep(BURST_S)
 
     def store(self, batch: list[Job]) -> None:
@@ -704,7 +745,7 @@ class Writer(threading.Thread):
                 claim = self.trouble.claim or claim
                 self.wake()
                 if self.trouble.status != dbtool.TRY_AGAIN or self.give_up.wait(STORE_TRY_S):
-                    self.keep(records, claim)
+                    self.keep(records, claim, str(self.trouble))
                     self.outcomes += [(job, self.trouble) for job in batch]
                     return
             else:
@@ -712,12 +753,12 @@ class Writer(threading.Thread):
                 self.outcomes += [(job, None) for job in batch]
                 return
 
-    def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None) -> None:
+    def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: str) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
         lines = [json.dumps(record, default=lambda blob: {"$hex": blob.hex()}) + "\n" for record in records]
         source = dbtool.Input(io.BytesIO("".join(lines).encode()), dbtool.kept_places(self.path))
         source.read()
-        self.kept.append(source.keep(claim))
+        self.kept.append(f"{why}; {source.keep(claim)}")
 
 
 class Lock:
@@ -745,7 +786,9 @@ class Lock:
         self.file.flush()
 
     def release(self) -> None:
-        os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                os.unlink(self.path)
         self.file.close()
 
 
@@ -756,7 +799,8 @@ class Sweep:
                  options: argparse.Namespace) -> None:
         self.path, self.name, self.schema, self.command, self.options = path, name, schema, command, options
         self.total = len(runs)
-        self.waiting = collections.deque((run, 0) for run in runs)  # with how often it has failed
+        self.waiting = collections.deque(runs)
+        self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
         self.logs = options.logs or path + "-sweep"
         self.stored = self.writing = self.unfinished = 0
         self.failures: list[tuple[Run, str, str]] = []
@@ -769,16 +813,19 @@ class Sweep:
         """Run all; return the exit status."""
         limit_descriptors(self.options.jobs)
         self.pool = Pool(self.options.timeout or math.inf)
+        self.writer = Writer(self.path, self.schema, self.pool.wake)
+        self.progress = Progress(self)
         try:
             with self.handling_signals():
-                self.writer = Writer(self.path, self.schema, self.pool.wake)
                 self.writer.start()
-                self.progress = Progress(self)
-                self.loop()
-                self.writer.close()
+                try:
+                    self.loop()
+                finally:
+                    self.writer.give_up.set()  # if an error brought us here, what can't be stored is kept
+                    self.writer.close()
         finally:
             self.pool.close()
-        self.progress.clear()
+            self.progress.clear()
         return self.summary()
 
     @contextlib.contextmanager
@@ -788,6 +835,9 @@ class Sweep:
 
         numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, stop) for number in numbers}
+        if dbtool.SIGNALS.caught:  # since the plan was made
+            self.signals.append(dbtool.SIGNALS.caught)
+            dbtool.SIGNALS.caught = 0
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it wakes the wait
         waker = signal.set_wakeup_fd(self.pool.waker, warn_on_full_buffer=False)
         try:
@@ -800,8 +850,8 @@ class Sweep:
     def loop(self) -> None:
         while True:
             self.fill()
-            if not self.writer.is_alive():
-                raise RuntimeError("the thread that writes has ended")
+            if self.writer.crash:
+                raise self.writer.crash
             if not self.pool.running and not self.writing and (self.stop_reason or not self.waiting):
                 break
             for job in self.pool.wait(TICK_S):
@@ -813,15 +863,17 @@ class Sweep:
 
     def fill(self) -> None:
         while self.waiting and not self.stop_reason and len(self.pool.running) < self.options.jobs:
-            run, attempt = self.waiting.popleft()
-            job = Job(run, self.command.for_run(run), attempt)
+            run = self.waiting.popleft()
+            job = Job(run, self.command.for_run(run))
             folder = os.path.join(self.options.workdir, label(run)) if self.options.workdir else None
             try:
                 self.pool.start(job, folder)
+            except ValueError as error:  # a NUL in a word
+                self.failed(job, f"can't be started: {error}")
             except OSError as error:
                 if self.pool.running and error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
                     job.close()
-                    self.waiting.appendleft((run, attempt))  # the machine is full: when another job has ended
+                    self.waiting.appendleft(run)  # the machine is full: when another job has ended
                     return
                 self.failed(job, f"can't be started: {error.strerror}: {error.filename}")
 
@@ -843,7 +895,7 @@ class Sweep:
                 os.unlink(self.log_path(job.run))  # of an earlier failure
             job.close()
         elif isinstance(refusal, Misfit):
-            self.failed(job, str(refusal))
+            self.failed(job, str(refusal).partition(" (--on-conflict")[0])
         else:
             job.close()
             self.stop(str(refusal))
@@ -852,9 +904,10 @@ class Sweep:
         if self.signals and job.why_ended == STOPPED:
             self.unfinished += 1
         else:
+            self.attempts[job.run] += 1
             log = self.write_log(job, reason)
-            if job.attempt < self.options.retries:
-                self.waiting.append((job.run, job.attempt + 1))
+            if self.attempts[job.run] <= self.options.retries:
+                self.waiting.append(job.run)
             else:
                 self.failures.append((job.run, reason, log))
                 if len(self.failures) == self.options.max_failures:
@@ -889,15 +942,15 @@ class Sweep:
     def write_log(self, job: Job, reason: str) -> str:
         """Write down a failed job: command, reason and all that it printed."""
         path = self.log_path(job.run)
-        head = (f"command: {shlex.join(job.words)}\nrun: {job.run}\nattempt: {job.attempt + 1}\n"
+        head = (f"command: {shlex.join(job.words)}\nrun: {job.run}\nattempt: {self.attempts[job.run]}\n"
                 f"seconds: {job.seconds:.3f}\nreason: {reason}\n")
         try:
             os.makedirs(self.logs, exist_ok=True)
             with open(path, "wb") as file:
-                file.write(head.encode(errors="surrogateescape"))
-                for title, pipe in (("output", job.out), ("error", job.err)):
+                file.write(head.encode(errors="backslashreplace"))
+                for index, title in enumerate(("output", "error")):
                     file.write(f"--- standard {title}\n".encode())
-                    file.writelines(job.chunks(pipe))
+                    file.writelines(job.output(index))
         except OSError as error:
             self.progress.say(f"{path}: {error.strerror}; so there is no log of {job.run}: {reason}")
         return path
@@ -910,10 +963,11 @@ class Sweep:
             done += f", {self.unfinished:,} ended unfinished"
         if self.stop_reason:
             done = f"stopped by {self.stop_reason}: {done}, {left:,} left"
-        with contextlib.suppress(OSError):
-            os.rmdir(self.logs)  # if it is empty now
-        for where in self.writer.kept:
-            say(f"{self.name}: {self.writer.trouble}; {where}")
+        if not self.options.logs:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.logs)  # if it is empty now
+        for what in self.writer.kept:
+            say(f"{self.name}: {what}")
         for run, reason, log in self.failures[:FAILURES_NAMED]:
             say(f"{self.name}: {run}: {reason}; see {os.path.relpath(log)}")
         more = len(self.failures) - FAILURES_NAMED
@@ -967,7 +1021,8 @@ class Progress:
         self.next = now + (TICK_S if self.is_terminal else LINE_EVERY_S)
         if self.is_terminal:
             self.shown = True
-            dbtool.complain(f"\r\x1b[K{self.line()[:shutil.get_terminal_size().columns - 1]}")
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            dbtool.complain(f"\r\x1b[K{self.line()[:width - 1]}")
         else:
             say(self.line())
 
@@ -997,9 +1052,9 @@ def clock(seconds: float) -> str:
 
 def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) -> Iterator[str]:
     """Return a line of shell for each run, which stores its result too."""
-    for run in runs:
-        if "\n" in "".join(command.for_run(run)):
-            raise Failure(f"--list: {run} has a value of several lines, which one line can't hold")
+    for text in itertools.chain(command.words, *(map(str, run.values) for run in runs)):
+        if "\n" in text:
+            raise Failure(f"--list: {shown(text)} has several lines, which one line can't hold")
     here = os.path.dirname(os.path.realpath(__file__))
     insert = [sys.executable, os.path.join(here, "dbtool.py"), "insert", os.path.realpath(options.database)]
     insert += ["--skip-text", *schema_flags(options)]
@@ -1041,8 +1096,10 @@ def parser() -> Parser:
     add("--max-failures", type=positive, metavar="N", help="start nothing more after N failed runs")
     add("--logs", metavar="DIR", help="where the logs of failed jobs go (default: DATABASE-sweep)")
     add("--workdir", metavar="DIR", help="give each job a directory of its own in DIR")
+    add = result.add_mutually_exclusive_group().add_argument
     add("--dry-run", action="store_true", help="print how many runs are wanted, stored and missing, by parameter")
     add("--list", action="store_true", help="print the missing runs as lines of shell, for other engines")
+    add = result.add_argument
     add("--call", default="", metavar="MODULE:FUNCTION", help="call a Python function, which returns the result")
     add("--schema", metavar="FILE", help="what defines the columns (default: as dbtool.py)")
     add("--table", metavar="NAME", help="which table of the schema (default: as dbtool.py)")
@@ -1051,11 +1108,11 @@ def parser() -> Parser:
     return result
 
 
-def number_of(kind: Callable[[str], Any], least: float, meant: str) -> Callable[[str], Any]:
+def number_of(kind: Callable[[str], Any], least: float, most: float, meant: str) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-            if value >= least and value < math.inf:
+            if least <= value <= most:
                 return value
         except ValueError:
             pass
@@ -1064,9 +1121,9 @@ def number_of(kind: Callable[[str], Any], least: float, meant: str) -> Callable[
     return convert
 
 
-positive = number_of(int, 1, "a positive integer")
-natural = number_of(int, 0, "an integer from 0")
-seconds = number_of(float, 0.001, "a number of seconds")
+positive = number_of(int, 1, MOST, f"an integer from 1 to {MOST:,}")
+natural = number_of(int, 0, MOST, f"an integer from 0 to {MOST:,}")
+seconds = number_of(float, 0.001, 1e9, "a number of seconds")
 
 
 def schema_flags(options: argparse.Namespace) -> list[str]:
@@ -1079,10 +1136,12 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
     axes = [axis_of_flag(schema, flag) for flag in options.axes]
     if options.params:
         with contextlib.ExitStack() as stack:
+            if options.params == "-" and not sys.stdin:
+                raise Failure("--params -: standard input is closed")
             file = sys.stdin.buffer if options.params == "-" else stack.enter_context(open(options.params, "rb"))
             chunks = iter(lambda: file.read(dbtool.CHUNK_BYTES), b"")
             try:
-                axes.append(axis_of_records(schema, dbtool.records(chunks)))
+                axes.append(axis_of_records(schema, dbtool.records(chunks), options.samples))
             except Failure as failure:
                 text = str(failure)
                 raise Failure(text if text.startswith("--params") else f"--params {options.params}: {text}",
@@ -1120,7 +1179,11 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     lock = Lock(path)
     try:
         if dbtool.kept_files(path):
-            dbtool.main(["retry", name, *schema_flags(options)])
+            status = dbtool.main(["retry", name, *schema_flags(options)])
+            if status >= dbtool.TRY_AGAIN:
+                return dbtool.TRY_AGAIN
+            if status:
+                say(f"{name}: the runs of what is still kept count as missing")
         runs = missing()
         if not runs:
             say(f"{name}: nothing is missing")

@@ -65,14 +65,19 @@ def test_values_are_lists_and_inclusive_ranges(values, texts):
     (["-p", "n=1,,2"], 2, "an empty value"),
     (["-p", "n=1..9..0"], 2, "the range 1..9..0 never reaches its end"),
     (["-p", "n=9..1"], 2, "the range 9..1 never reaches its end"),
-    (["-p", "n=1..1e12"], 2, "values; at most 10,000,000"),
+    (["-p", "n=1..1e12"], 2, "the range 1..1e12 has more than 10,000,000 values"),
+    (["-p", "n=1..1e5000"], 2, "the range 1..1e5000 has more than 10,000,000 values"),
+    (["-p", "n=1..1e9999999"], 2, "the range"),
+    (["-p", "n=1..10000", "--samples", "10000"], 1, "100,000,000 runs are missing; at most 10,000,000 make a sweep"),
+    (["-p", "n=1", "--samples", "9" * 30], 2, "takes an integer from 1 to 10,000,000, not"),
+    (["-p", "n=1", "--dry-run", "--list"], 2, "--list: not allowed with argument --dry-run"),
     (["-p", "n=ten"], 2, 'column n: expected a 64-bit integer or null, got "ten"'),
     (["-p", "n=1..2..0.5"], 2, "column n: expected a 64-bit integer or null, got 1.5"),
     (["-p", "n=1", "-p", "n=2"], 2, "column n is given twice"),
-    (["-p", "n=1", "--where", "m < 2"], 2, "--where: no such column: m; it takes SQL over n, sample"),
-    (["-p", "n=1", "--order", "m"], 2, "--order: no such column: m; it takes SQL over n, sample"),
+    (["-p", "n=1", "--where", "m < 2"], 2, "--where: no such column: m; it takes SQL over n"),
+    (["-p", "n=1", "--order", "m"], 2, "--order: no such column: m; it takes SQL over sample, n"),
     (["-p", "n=1", "--order", "n)"], 2, "--order: "),
-    (["-p", "n=1", "--samples", "0"], 2, "takes a positive integer, not \"0\""),
+    (["-p", "n=1", "--samples", "0"], 2, "takes an integer from 1 to 10,000,000, not \"0\""),
     (["-p", "n=1", "--timeout", "nan"], 2, "takes a number of seconds"),
     (["-p", "n=1", "--sampl", "1"], 2, "unrecognized arguments: --sampl 1"),
     (["--params", "none.jsonl"], 1, "none.jsonl: No such file or directory"),
@@ -80,12 +85,13 @@ def test_values_are_lists_and_inclusive_ranges(values, texts):
     (["--params", "keys.jsonl"], 1, "--params: record 2: has the keys n, x, but the first has n"),
     (["--params", "typo.jsonl"], 2, '--params: record 2: "nam" is no column of runs; did you mean "name"?'),
     (["--params", "kind.jsonl"], 1, '--params: record 1: column n: expected a 64-bit integer or null, got "ten"'),
-    (["--params", "count.jsonl"], 1, "--params: record 1: samples takes a positive integer, not 0"),
+    (["--params", "count.jsonl"], 1, "--params: record 1: samples takes an integer from 1 to 10,000,000, not 0"),
+    (["--params", "huge.jsonl"], 1, "--params: record 1: samples takes an integer from 1 to 10,000,000, not 1"),
     (["--params", "keys.jsonl", "-p", "n=1"], 1, "--params: record 2"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_wrong_plan_is_refused_in_one_line(call_sweep, tmp_path, arguments, status, words):
     for name, text in {"bad": '{"n": 1}\n{"n": }', "keys": '{"n": 1}\n{"n": 1, "x": 2}', "typo": '{"n": 1}\n{"nam": 1}',
-                       "kind": '{"n": "ten"}', "count": '{"n": 1, "samples": 0}'}.items():
+                       "kind": '{"n": "ten"}', "count": '{"n": 1, "samples": 0}', "huge": '{"n": 1, "samples": 100000000000000000000}'}.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     result = call_sweep("r.db", *arguments, "--", "true")
     assert (result.status, result.out) == (status, "")
@@ -158,6 +164,10 @@ def test_the_same_parameters_twice_are_one_combination(listed):
     assert listed("--params", "-", stdin=stdin, command=["echo", "{sample}"]) == ["echo 1 --n 1", "echo 2 --n 1"]
 
 
+def test_parameters_without_samples_want_as_many_as_the_flag_says(listed):
+    assert len(listed("--params", "-", "--samples", "5", stdin=b'{"n": 1}{"n": 1, "samples": 2}{"n": 2, "samples": 3}')) == 8
+
+
 def test_without_parameters_the_rows_themselves_are_counted(listed):
     store({"n": 5, "x": 1, "name": "a", "free": 1, "loss": 1})
     assert listed("--samples", "3", command=["echo", "{sample}"]) == ["echo 2", "echo 3"]
@@ -197,6 +207,13 @@ def test_a_column_called_sample_is_a_parameter_like_any_other(listed, tmp_path):
     (tmp_path / "runs.sql").write_text("CREATE TABLE runs (sample INTEGER, samples INTEGER, id INTEGER, loss REAL);")
     assert listed("--params", "-", "-p", "id=1", "--order", "sample", stdin=b'{"sample": 7, "samples": 5}') == [
         "echo --id 1 --sample 7 --samples 5"]
+
+
+def test_columns_may_be_called_like_the_parts_of_a_plan(listed, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE plan (rows INTEGER, numbers INTEGER, Sample INTEGER, wanted INTEGER);")
+    dbtool.insert("r.db", [{"rows": 1, "numbers": 2, "Sample": 3, "wanted": 4}])
+    words = ["-p", "rows=1,5", "-p", "numbers=2", "-p", "Sample=3", "-p", "wanted=4", "--order", "rows"]
+    assert listed(*words) == ["echo --rows 5 --numbers 2 --Sample 3 --wanted 4"]
 
 
 def test_names_that_need_quotes(listed, tmp_path):
@@ -254,7 +271,7 @@ def test_the_difference_is_that_of_sets():
                   for combination in itertools.product(*(values for _, values in axes))]
         missing = [run for run in wanted if there.count(run[:-1]) < run[-1]]
         schema = dbtool.read_schema()
-        grid = [sweep.axis_of_records(schema, [{name: value} for value in values]) for name, values in axes]
+        grid = [sweep.axis_of_records(schema, [{name: value} for value in values], samples) for name, values in axes]
         runs = sweep.planned(path, schema, grid, samples, "", lambda plan: plan.missing(""))
         assert [(*run.parameters.values(), run.sample) for run in runs] == missing
 

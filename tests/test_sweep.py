@@ -1,6 +1,7 @@
 """Running what is missing: real jobs, their results, every way in which one fails, and interruptions."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -9,8 +10,11 @@ import re
 import shlex
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
@@ -48,7 +52,8 @@ def shell(script):
 
 
 def start(*arguments, **options):
-    """Start sweep.py as a process."""
+    """Start sweep.py as a process, which heeds Ctrl-C even if the tests were started not to."""
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen([sys.executable, SWEEP, "r.db", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
 
@@ -142,6 +147,18 @@ def test_a_job_that_prints_several_records_stores_them_all(swept):
     assert dbtool.query("r.db", "SELECT loss FROM runs ORDER BY 1") == [{"loss": 1.0}, {"loss": 2.0}]
 
 
+def test_the_parameter_is_stored_as_it_was_wanted(swept, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (n, loss REAL);")
+    command = ["-p", "n=10", *shell('echo "{\\"n\\": \\"10\\", \\"loss\\": 1}"')]
+    assert "1 of 1 runs stored" in swept(*command)
+    assert "nothing is missing" in swept(*command)
+
+
+def test_bytes_that_are_no_text_may_stand_in_the_command(swept):
+    swept("-p", "n=1", "--", *GOOD, "\udcff")
+    assert "\\udcff" in dbtool.query("r.db", "SELECT metadata FROM runs")[0]["metadata"]
+
+
 # ---------------------------------------------------------------------------------------------- failures
 
 
@@ -208,11 +225,42 @@ def test_a_program_that_vanishes_is_a_failure_of_the_job(swept):
     assert "n=1 sample=1: can't be started: No such file or directory: " in said and "2 failed" in said
 
 
+def test_a_word_that_no_program_can_get_is_a_failure_of_the_job(swept, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (name TEXT, loss REAL);")
+    (tmp_path / "params").write_text('{"name": "a"}{"name": "b\\u0000"}{"name": "c"}')
+    said = swept("--params", "params", "--jobs", "1", "--", "sh", "-c", 'echo "{\\"loss\\": 1}"', "sh", "{name}", status=1)
+    assert "can't be started: embedded null byte" in said and "2 of 3 runs stored, 1 failed" in said
+
+
+def test_logs_in_a_directory_of_ones_own_leave_it_there(swept, tmp_path):
+    (tmp_path / "logs").mkdir()
+    swept("-p", "n=1", "--logs", "logs", "--", *GOOD)
+    assert os.listdir("logs") == []
+
+
 def test_timeout_ends_the_whole_group(swept):
     began = time.monotonic()
     said = swept("-p", "n=1", "--timeout", "0.5", *shell(f"sleep {LONG} & sleep {LONG}; wait"), status=1)
     assert "n=1 sample=1: timed out after 0.5 s; see" in said and time.monotonic() - began < 5
     assert processes(LONG) == []
+
+
+def test_a_job_that_ended_in_time_is_not_late_because_the_sweep_was(swept):
+    running = start("-p", "n=1", "--timeout", "1.5", *shell('touch begun; sleep 0.5; echo "{\\"loss\\": 1}"'))
+    wait_for(lambda: os.path.exists("begun"))
+    running.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    running.send_signal(signal.SIGCONT)
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 0 and stored() == [1], said
+
+
+def test_a_job_is_told_only_once_to_end(swept, monkeypatch):
+    monkeypatch.setattr("sweep.FINISH_GRACE_S", 0.1)
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    script = "trap 'echo told >> told' TERM; i=0; while [ $i -lt 15 ]; do sleep 0.1; i=$((i + 1)); done; exit 1"
+    assert "1 ended unfinished" in swept("-p", "n=1", *shell(script), status=75)
+    assert Path("told").read_text() == "told\n"
 
 
 def test_a_job_that_ignores_the_signal_is_killed(swept, monkeypatch):
@@ -254,12 +302,13 @@ def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
 def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
     script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # " + LONG
     running = start("-p", "n=1,2,3", "--jobs", "2", *shell(script))
-    wait_for(lambda: len(processes(f"# {LONG} sh")) == 2)
+    wait_for(lambda: len([line for line in processes(LONG) if line.split()[1] == "sh"]) == 2)
     began = time.monotonic()
     running.terminate()
     _, said = running.communicate(timeout=40)
     assert running.returncode == 75 and 14 < time.monotonic() - began < 20
-    assert "2 ended unfinished, 3 left" in said
+    assert "1 of 3 runs stored, 0 failed, 1 ended unfinished, 2 left" in said
+    assert stored() == [1]  # it printed its result when it was told to end
     assert processes(LONG) == []
 
 
@@ -302,6 +351,48 @@ def test_a_second_sweep_on_the_same_file_is_told_who_is_at_work(call_sweep):
     running.communicate(timeout=20)
     assert running.returncode == 0 and stored() == [1]
     assert call_sweep("r.db", "-p", "n=2", "--", *GOOD).status == 0
+
+
+def test_a_lock_file_that_somebody_removes_does_not_matter(swept):
+    assert swept("-p", "n=1", *shell('rm r.db-sweep.lock; echo "{\\"loss\\": 1}"')) == (
+        "sweep: r.db: 1 of 1 runs stored, 0 failed\n")
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_commit_that_fails_is_tried_again_and_stores_once(swept, which):
+    strace = need_program("strace")
+    swept("-p", "n=0", "--", *GOOD)
+    done = subprocess.run(
+        [strace, "-f", "-qq", "-o", "/dev/null", "-e", f"inject=fdatasync:error=EIO:when={which}", sys.executable, SWEEP,
+         "r.db", "-p", "n=1..3", "--jobs", "3", *shell('sleep 0.3; echo "{\\"loss\\": 1}"')],
+        capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and stored() == [0, 1, 2, 3], done.stderr
+
+
+def test_an_error_in_the_program_keeps_what_had_finished(swept, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("dbtool.store", broken)
+    with pytest.raises(KeyError):
+        swept("-p", "n=1..3", "--jobs", "1", *shell('echo "{\\"loss\\": 1}"'))
+    assert kept("r.db") and not os.path.exists("r.db-sweep.lock")
+
+
+@pytest.mark.slow
+def test_what_a_full_folder_for_temporary_files_cannot_hold_stays_in_memory(tmp_path):
+    need(os.geteuid() == 0, "root, to mount a full disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=True)
+    try:
+        script = 'head -c 6500000 /dev/zero | tr "\\0" "\\n"; echo "{\\"loss\\": 1}"'
+        running = start("-p", "n=1..3", "--jobs", "3", *shell(script), env={**os.environ, "TMPDIR": str(disk)})
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 0 and stored() == [1, 2, 3], said
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_lock_file_that_a_dead_sweep_left_does_not_matter(swept):
@@ -475,6 +566,7 @@ def test_trivial_jobs_run_at_three_times_the_rate_of_gnu_parallel():
 
 def test_a_terminal_shows_one_line_in_place():
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
     running = subprocess.Popen([sys.executable, SWEEP, "r.db", "-p", "n=1..8", "--jobs", "2",
                                 *shell('sleep 0.5; echo "{\\"loss\\": 1}"')], stderr=follower)
     os.close(follower)
@@ -487,7 +579,7 @@ def test_a_terminal_shows_one_line_in_place():
     assert summary == "sweep: r.db: 8 of 8 runs stored, 0 failed\n"
     lines = [line for line in shown if line]
     assert len(lines) > 2
-    assert all(re.fullmatch(r"\d of 8 done, [012] running, 0 failed, [\d.]+ runs/s(, 0:\d\d left)?", line) for line in lines)
+    assert all(re.fullmatch(r"\d of 8 done, [012] running, 0 failed, .*", line) and len(line) == 39 for line in lines), lines
 
 
 def test_elsewhere_it_is_a_line_a_minute(swept, monkeypatch):
@@ -558,7 +650,7 @@ def test_the_list_of_a_function_runs_too(call_sweep, module, tmp_path):
 def test_a_value_of_several_lines_has_no_line_of_shell(call_sweep, tmp_path):
     (tmp_path / "runs.sql").write_text("CREATE TABLE runs (name TEXT, loss REAL);")
     result = call_sweep("r.db", "--list", "--params", "-", "--", "echo", stdin={"name": "a\nb"})
-    assert result.status == 1 and "has a value of several lines" in result.err and result.err.count("\n") == 1
+    assert result.status == 1 and "has several lines, which one line" in result.err and result.err.count("\n") == 1
 
 
 def test_the_list_of_nothing_is_empty_and_a_closed_pipe_is_silent(tmp_path):
