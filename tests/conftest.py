@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,10 @@ def call(monkeypatch, capfdbinary):
 
     def run(*arguments, stdin=b""):
         stdin = stdin if isinstance(stdin, bytes) else json.dumps(stdin).encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        file = tempfile.TemporaryFile()
+        file.write(stdin)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capfdbinary.readouterr()
         status = dbtool.main([str(argument) for argument in arguments])
         sys.stdout.flush()

@@ -313,9 +313,9 @@ def test_migrate_everything(expect_success, expect_failure, db_path, tmp_path):
     before = sql(db_path, "SELECT * FROM sqlite_master"), sql(db_path, "SELECT * FROM t")
     for arguments, said, status in [
             ((), "column gone is not in new.sql; add it there, or drop it for good with: --drop gone", 1),
-            (("--drop", "gone"), "column n is new, NOT NULL and without a default", 1),
+            (("--drop", "gone"), "NOT NULL constraint failed: t.n; nothing was changed (--fill COLUMN=VALUE", 1),
             (("--drop", "gone", "--fill", "n=x"), "column n: expected a 64-bit integer", 1),
-            (("--drop", "gone", "--fill", "n=7"), "NOT NULL constraint failed: t.c; nothing was changed", 1),
+            (("--drop", "gone", "--fill", "n=7"), "NOT NULL constraint failed: t.c; nothing was changed (--fill COLUMN=VALUE", 1),
             (("--drop", "a"), "--drop a: new.sql has that column", 2),
             (("--drop", "gonn"), "--drop gonn: the file has no such column; did you mean", 2),
             (("--fill", "z=1"), "--fill z: is no column of new.sql", 2)]:
