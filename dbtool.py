@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from operator import itemgetter
     from types import FrameType
-    from typing import Any, TypeVar
+    from typing import Any, Optional, TypeVar
 
     Result = TypeVar("Result")
+    Converter = Optional[Callable[[Any], Any]]
+    Plan = tuple[str, list[tuple[int, Callable[[Any], Any]]]]  # a statement, and the places of values to convert
     Made = tuple[str, str, str]  # of a CREATE statement: type, name, SQL
     Batch = Sequence[Sequence[Any]]  # some rows
 else:
@@ -297,12 +299,14 @@ def descriptions(schema: Schema) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- values
 
 
-def whole(value: float) -> int | None:
-    if value != value:
-        return None  # NaN is how Python prints a run that diverged; SQLite has NULL for it
+def whole(value: float) -> int:
     if not value.is_integer():
         raise ValueError
     return int(value)
+
+
+def whole_or_nan(value: float) -> int | None:
+    return whole(value) if value == value else None
 
 
 def exact(value: int) -> float:
@@ -321,10 +325,10 @@ def json_text(value: Any) -> str:
     """Return compact JSON text that SQLite's JSON functions can read: NaN and Infinity become null."""
     import json
 
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    text = encode(value)
     if "NaN" in text or "Infinity" in text:
-        value = json.loads(text, parse_constant=lambda name: None)
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        text = encode(json.loads(text, parse_constant=lambda name: None))
     return text
 
 
@@ -337,20 +341,22 @@ def structure(value: Any) -> str | bytes:
 
 # What becomes of a JSON value of each type in a column of each affinity: None stores it as it is, a
 # function converts it or raises ValueError, and a type that is missing is refused.
-ANYTHING: dict[type, Callable[[Any], Any] | None] = {
-    int: None, float: None, bool: int, str: None, dict: structure, list: structure, bytes: None}
-FITS: dict[str, dict[type, Callable[[Any], Any] | None]] = {
+ANYTHING: dict[type, Converter] = {
+    int: None, float: no_nan, bool: int, str: None, dict: structure, list: structure, bytes: None}
+FITS: dict[str, dict[type, Converter]] = {
     "INTEGER": {int: None, float: whole, bool: int},
-    "REAL": {int: exact, float: None},
+    "REAL": {int: exact, float: no_nan},
     "TEXT": {str: None, dict: structure, list: structure, bytes: None},
     "NUMERIC": ANYTHING,
     "BLOB": ANYTHING,
 }
+# NaN is how Python prints a run that diverged; SQLite has NULL for it, and makes that of it by itself.
+FITS_NULLABLE: dict[Converter, Converter] = {no_nan: None, whole: whole_or_nan}
 WANTED = {"INTEGER": "a 64-bit integer", "REAL": "a number that a 64-bit float holds", "TEXT": "a string",
           "NUMERIC": "a number or a string", "BLOB": "a number or a string"}
 
 
-def converter(column: Column, kind: type) -> Callable[[Any], Any] | None:
+def converter(column: Column, kind: type) -> Converter:
     """Return how a value of type *kind* is stored in *column*, as in FITS; raise ValueError if it is refused."""
     fits = FITS[column.affinity]
     if kind is type(None) and column.nullable:
@@ -358,7 +364,7 @@ def converter(column: Column, kind: type) -> Callable[[Any], Any] | None:
     for base in (bool,) if kind is bool else kind.__mro__:  # NumPy's float64, for one, is a float
         if base in fits:
             convert = fits[base]
-            return no_nan if base is float and convert is None and not column.nullable else convert
+            return FITS_NULLABLE.get(convert, convert) if column.nullable else convert
     raise ValueError
 
 
@@ -367,19 +373,14 @@ def fit(column: Column, value: Any) -> Any:
     try:
         convert = converter(column, type(value))
         stored = convert(value) if convert else value
-        if stored is None and not column.nullable:
-            raise ValueError
         if isinstance(stored, int) and not -(1 << 63) <= stored < 1 << 63:
             raise ValueError
         if isinstance(stored, str):
-            stored.encode()
-    except UnicodeEncodeError:
-        raise Misfit(f"column {column.name}: {shown(value)} has half of a surrogate pair,"
-                      " which is no Unicode text") from None
+            stored.encode()  # half of a surrogate pair is no text
+        return stored
     except (ValueError, OverflowError, RecursionError):
         wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
         raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}") from None
-    return stored
 
 
 def fit_text(column: Column, text: str) -> Any:
@@ -392,21 +393,17 @@ def fit_text(column: Column, text: str) -> Any:
         value = json.loads(text, parse_float=finite)
     except (ValueError, RecursionError):
         value = text
-    if type(value) not in (int, float, bool):
-        value = text
-    return fit(column, value)
+    return fit(column, value if isinstance(value, (int, float)) else text)
 
 
 def shown(value: Any) -> str:
     """Return *value* as a short text for a message."""
     import json
 
-    if isinstance(value, int) and abs(value) >= 1 << 128:
-        return "an integer of more than 128 bits"  # Python 3.11 and newer refuse to print a huge one
     try:
         text = json.dumps(value, default=repr)
     except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
+        return f"one too large to be shown ({type(value).__name__})"
     return text if len(text) <= 60 else text[:59] + "…"
 
 
@@ -564,7 +561,8 @@ MEANINGS: dict[str, tuple[int, str]] = {
     "locking protocol": (TRY_AGAIN, BUSY),
     "disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
     "disk I/O error": (TRY_AGAIN, "disk I/O error; mend that and try again"),
-    "readonly": (REFUSED, "may not be written; mend its permissions or its folder's"),
+    "readonly": (REFUSED, "may not be written, not even to roll back what a writer left unfinished; mend its"
+                          " permissions or its folder's"),
     "not a database": (REFUSED, "is not an SQLite database; name another file"),
     "malformed": (REFUSED, "is damaged; save what it holds with: sqlite3 FILE .recover"),
 }
@@ -586,9 +584,6 @@ def as_failure(error: Exception, path: str) -> Failure:
     said = str(error)
     if "unable to open" in said or "Could not open" in said:  # the latter is PyPy's
         return Failure(why_not_opened(path))
-    if "readonly" in said and exists(path + "-journal"):
-        return Failure("has a transaction that a writer left unfinished; the next writer rolls it back, such as"
-                       " dbtool.py retry")
     for words, (status, meaning) in MEANINGS.items():
         if words in said:
             return Failure(meaning, status)
@@ -798,7 +793,7 @@ class Rows:
         self.pairs = self.ready()
 
     def ready(self) -> Iterator[tuple[str, Sequence[Any]]]:
-        plans: dict[tuple[Any, ...], tuple[str, list[tuple[int, Callable[[Any], Any]]]]] = {}
+        plans: dict[tuple[Any, ...], Plan] = {}
         for record in self.incoming:
             self.number += 1
             self.record = record
@@ -814,7 +809,7 @@ class Rows:
             except MISFITS as error:
                 raise self.refusal(error) from None
 
-    def plan(self, record: Mapping[str, Any]) -> tuple[str, list[tuple[int, Callable[[Any], Any]]]]:
+    def plan(self, record: Mapping[str, Any]) -> Plan:
         """Return how records of this shape become rows: the statement, and the values to convert, and how."""
         check_names(self.schema, record)
         conversions = []
@@ -1633,8 +1628,6 @@ def plan_migration(db: sqlite3.Connection, schema: Schema, drop: Collection[str]
     """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
     old, new = {column.name: column for column in columns_of(db, schema.table)}, schema.by_name
     made, wanted = ({name: (kind, sql) for kind, name, sql in rows} for rows in (db.execute(MADE), schema.made))
-    check_case(schema, old, new)
-    check_case(schema, made, wanted)
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
     indexes = [name for name in made if name not in wanted
@@ -1657,15 +1650,6 @@ def plan_migration(db: sqlite3.Connection, schema: Schema, drop: Collection[str]
         elif kind != "table" and essence(sql) != essence(made[name][1]):
             steps.append(f"replace {kind} {name}")
     return steps, [(kind, name, sql) for name, (kind, sql) in made.items() if name not in (*wanted, *indexes)]
-
-
-def check_case(schema: Schema, names: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise Failure if SQLite would take one of *names* for another that is *wanted*."""
-    alike = {name.lower(): name for name in wanted}
-    for name in names:
-        other = alike.get(name.lower(), name)
-        if other != name:
-            raise Failure(f"{name} is {other} in {schema.path}; for SQLite these are the same, so write {name} there")
 
 
 def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> None:
@@ -1701,20 +1685,20 @@ def rebuild(db: sqlite3.Connection, schema: Schema, fill: Mapping[str, Any], own
     As sqlite.org/lang_altertable.html advises for any change: the file then holds the very text of
     schema.sql. What is *own* to the file is made first.
     """
-    before = schema.table + " before migrate"
-    columns = [column.name for column in columns_of(db, schema.table)]
+    table, before = schema.table, schema.table + " before migrate"
+    old = columns_of(db, table)
     db.execute("PRAGMA legacy_alter_table = ON")  # so that renaming changes no other SQL
     for kind, name, _ in db.execute(MADE).fetchall():
         if kind != "table":
             db.execute(f"DROP {kind} IF EXISTS {quote(name)}")
-    if columns:
-        db.execute(f"ALTER TABLE {quote(schema.table)} RENAME TO {quote(before)}")
+    if old:
+        db.execute(f"ALTER TABLE {quote(table)} RENAME TO {quote(before)}")
     there = [name for _, name, _ in db.execute(MADE).fetchall()]
     for kind, name, sql in schema.made:
         if kind == "table" and name not in there:
             db.execute(sql)
-    if columns:
-        copy_rows(db, schema, before, columns, fill)
+    if old:
+        copy_rows(db, schema, before, old, fill)
         db.execute(f"DROP TABLE {quote(before)}")
     others = [made for made in (*own, *schema.made) if made[0] != "table"]
     views = [(kind, name, f"SELECT * FROM {quote(name)} LIMIT 0") for kind, name, _ in others if kind == "view"]
@@ -1726,36 +1710,24 @@ def rebuild(db: sqlite3.Connection, schema: Schema, fill: Mapping[str, Any], own
             raise Failure(f"{kind} {name} would not work any more: {error}; change or drop it first") from None
 
 
-def copy_rows(db: sqlite3.Connection, schema: Schema, before: str, columns: list[str], fill: Mapping[str, Any]) -> None:
-    """Copy the rows of the table *before*, which has *columns*, with their numbers where they are no column's."""
-    old, new = quote(before), quote(schema.table)
-    sources, values = {}, []
-    usable = [column for column in schema.columns if not column.generated]
-    for column in usable:
+def copy_rows(db: sqlite3.Connection, schema: Schema, before: str, old: list[Column], fill: Mapping[str, Any]) -> None:
+    """Copy the rows of the table *before*, whose columns are *old*; without a key, they keep their numbers."""
+    names = [column.name for column in old]
+    sources = {} if schema.key or any(column.key for column in old) else {"_rowid_": "_rowid_"}
+    values = []
+    for column in schema.columns:
         name = quote(column.name)
         if column.name in fill:
-            sources[name] = f"coalesce({name}, ?)" if column.name in columns else "?"
+            sources[name] = f"coalesce({name}, ?)" if column.name in names else "?"
             values.append(fill[column.name])
-        elif column.name in columns:
+        elif column.name in names and not column.generated:
             sources[name] = name
-    if not sources:  # no column is left: the rows get a default, so that there are as many as before
-        sources[quote(usable[0].name)] = f"({usable[0].default or 'NULL'})"
-    if has_rowid(db, old) and has_rowid(db, new) and not any(column.rowid for column in usable):
-        sources["_rowid_"] = "_rowid_"
     # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
-    db.execute(f"INSERT OR ABORT INTO {new} ({', '.join(sources)}) SELECT {', '.join(sources.values())} FROM {old}",
-               values)
+    db.execute(f"INSERT OR ABORT INTO {quote(schema.table)} ({', '.join(sources)}) SELECT"
+               f" {', '.join(sources.values())} FROM {quote(before)}", values)
     if scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = 'sqlite_sequence'"):  # the next number stays
         db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (schema.table,))
         db.execute("UPDATE sqlite_sequence SET name = ? WHERE name = ?", (schema.table, before))
-
-
-def has_rowid(db: sqlite3.Connection, table: str) -> bool:
-    try:
-        db.execute(f"SELECT _rowid_ FROM {table} LIMIT 0").fetchall()
-        return True
-    except sqlite3.OperationalError:  # it is WITHOUT ROWID
-        return False
 
 
 # ------------------------------------------------------------------------------------------- commands
