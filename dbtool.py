@@ -238,7 +238,6 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
     else to the file's only table. Raises Failure.
     """
     path = path or os.environ.get("DBTOOL_SCHEMA") or join(dirname(realpath(__file__)), "schema.sql")
-    table = table or os.environ.get("DBTOOL_TABLE")
     db = sqlite3.connect(":memory:")
     try:
         with open(path, encoding="utf-8") as file:
@@ -247,11 +246,9 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
         tables = [name for kind, name, _ in made if kind == "table"]
         if not tables:
             raise Failure(f"{path}: has no CREATE TABLE")
-        if not table and len(tables) > 1:
-            raise Failure(f"{path}: has tables {', '.join(tables)}; name one with --table")
-        if table and table not in tables:
-            raise Failure(f"{path}: no table {table}; it has {', '.join(tables)}")
-        table = table or tables[0]
+        table = table or os.environ.get("DBTOOL_TABLE") or (tables[0] if len(tables) == 1 else "")
+        if table not in tables:
+            raise Failure(f"{path}: has tables {', '.join(tables)}; name one of them with --table")
         return Schema(path, table, columns_of(db, table), made)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; name the schema with --schema FILE or DBTOOL_SCHEMA") from None
@@ -1494,17 +1491,14 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
     if exists(path) and exists(source) and os.path.samefile(path, source):
         raise Failure("is the very file to merge into")
     table, key = quote(schema.table), ", ".join(quote(column.name) for column in schema.key)
+    is_null = " OR ".join(f"{table}.{quote(column.name)} IS NULL" for column in schema.key)
 
     def read(db: sqlite3.Connection) -> tuple[int, int, int]:
-        found = [column.name for column in columns_of(db, schema.table)]
-        if not found:
+        names = [column.name for column in columns_of(db, schema.table) if not column.generated]
+        if not names:
             raise Failure(f"has no table {schema.table}")
-        is_null = " OR ".join(f"{quote(column.name)} IS NULL" for column in schema.key)
-        if not {column.name for column in schema.key}.issubset(found) or scalar(
-                db, f"SELECT count(*) FROM {table} WHERE {is_null}"):
+        if scalar(db, f"SELECT count(*) FROM {table} WHERE {is_null}"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
-        generated = [column.name for column in schema.columns if column.generated]
-        names = [name for name in found if name not in generated]
         check_names(schema, names)
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
@@ -1627,41 +1621,41 @@ def wanted_column(schema: Schema, name: str) -> Column:
 def plan_migration(db: sqlite3.Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:
     """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
     old, new = {column.name: column for column in columns_of(db, schema.table)}, schema.by_name
-    made, wanted = ({name: (kind, sql) for kind, name, sql in rows} for rows in (db.execute(MADE), schema.made))
+    made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
+    kept = made.keys() - {name for _, name, _ in schema.made}
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
-    indexes = [name for name in made if name not in wanted
+    indexes = [name for name in made if name in kept
                and any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
     steps = []
-    if old:
-        for name, column in new.items():
-            if name not in old:
-                steps.append(f"add column {name} {column.type}".rstrip())
-            elif old[name].type.upper() != column.type.upper():
-                check_values(db, schema.table, old[name], column)
-                steps.append(f"retype column {name} from {old[name].type or 'none'} to {column.type or 'none'}")
+    for name, column in new.items() if old else ():
+        if name not in old:
+            steps.append(f"add column {name} {column.type}".rstrip())
+        elif old[name].type.upper() != column.type.upper():
+            check_values(db, schema.table, old[name], column)
+            steps.append(f"retype column {name} from {old[name].type or 'none'} to {column.type or 'none'}")
     steps += [f"drop column {name}" for name in gone] + [f"drop index {name}" for name in indexes]
-    for name, (kind, sql) in wanted.items():
+    for kind, name, sql in schema.made:
         if name not in made:
             steps.append(f"create {kind} {name}")
-        elif name == schema.table and essence(sql) != essence(made[name][1]):
-            count = scalar(db, f"SELECT count(*) FROM {quote(name)}")
-            steps.append(f"rewrite table {name}: {count:,} rows")
-        elif kind != "table" and essence(sql) != essence(made[name][1]):
-            steps.append(f"replace {kind} {name}")
-    return steps, [(kind, name, sql) for name, (kind, sql) in made.items() if name not in (*wanted, *indexes)]
+        elif essence(sql) != essence(made[name][2]):
+            if name == schema.table:
+                count = scalar(db, f"SELECT count(*) FROM {quote(name)}")
+                steps.append(f"rewrite table {name}: {count:,} rows")
+            elif kind != "table":
+                steps.append(f"replace {kind} {name}")
+    return steps, [made[name] for name in made if name in kept and name not in indexes]
 
 
 def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> None:
     """Raise Failure unless the columns to *drop* are those that are *gone* from the schema."""
     for name in drop:
         if name not in gone:
-            raise Failure(f"--drop {name}: {schema.path} has that column" if name in schema.by_name else
-                          f"--drop {name}: the file has no such column{nearest(name, gone)}", USAGE)
+            raise Failure(f"--drop {name}: is no column that only the file has{nearest(name, gone)}", USAGE)
     kept = [name for name in gone if name not in drop]
     if kept:
-        raise Failure(f"column {', '.join(kept)} is {'generated' if kept[0] in schema.by_name else 'not'} in"
-                      f" {schema.path}; add it there, or drop it for good with: --drop {' --drop '.join(kept)}")
+        raise Failure(f"{schema.path} has no place for column {', '.join(kept)}; add it there, or drop it for good"
+                      f" with: --drop {' --drop '.join(kept)}")
 
 
 def check_values(db: sqlite3.Connection, table: str, old: Column, new: Column) -> None:
@@ -1734,10 +1728,10 @@ def copy_rows(db: sqlite3.Connection, schema: Schema, before: str, old: list[Col
 
 
 class Options:
-    """A command line: `words` are what are no flags, `flags` have every value given, `columns` are flags too."""
+    """A command line: `words` are what are no flags, and `flags` have every value given."""
 
-    def __init__(self, words: list[str], flags: dict[str, list[str]], columns: list[tuple[str, str]]) -> None:
-        self.words, self.flags, self.columns = words, flags, columns
+    def __init__(self, words: list[str], flags: dict[str, list[str]]) -> None:
+        self.words, self.flags = words, flags
         self.name, self.others = (words or [""])[0], words[1:]
         self.path = realpath(self.name)  # always a plain file, whatever SQLite makes of the name
         self.conflict = self.last("--on-conflict", "fail")
@@ -1806,9 +1800,10 @@ def insert_command(options: Options) -> None:
 
 def insert_manual_command(options: Options) -> None:
     """Store one row, each column given as a flag."""
-    schema = options.schema()
+    schema, own = options.schema(), flags_of("insert_manual")
     record: dict[str, Any] = {}
-    for flag, text in [*options.columns, *((name, None) for name in options.flags.get("--null", []))]:
+    given = [(flag[2:], text) for flag, texts in options.flags.items() if flag not in own for text in texts]
+    for flag, text in [*given, *((name, None) for name in options.flags.get("--null", []))]:
         column = flag_column(schema, flag)
         if column.name in record:
             raise Failure(f"column {column.name} is given twice", USAGE)
@@ -2006,9 +2001,8 @@ def command_help(command: str, options: Options) -> str:
 
 def parse(command: str, arguments: list[str]) -> Options:
     """Return what the words after *command* say; raise Failure with status 2 if they are wrong."""
-    takes = {flag: metavar for flag, (metavar, _) in flags_of(command).items()}
+    known = flags_of(command)
     flags: dict[str, list[str]] = {}
-    columns: list[tuple[str, str]] = []
     words: list[str] = []
     value: str | None
     left = iter(arguments)
@@ -2020,32 +2014,27 @@ def parse(command: str, arguments: list[str]) -> Options:
             words.append(word)
         else:
             flag = "--help" if flag == "-h" else flag
-            is_column = command == "insert_manual" and flag not in takes and flag[:2] == "--"
-            if flag not in takes and not is_column:
-                raise Failure(f"unknown flag {flag}{nearest(flag, takes)}", USAGE)
-            metavar = takes.get(flag, "VALUE")
-            if metavar and not equals:
+            if flag not in known and not (command == "insert_manual" and flag[:2] == "--"):
+                raise Failure(f"unknown flag {flag}{nearest(flag, known)}", USAGE)
+            takes, _ = known.get(flag, ("VALUE", ""))
+            if takes and not equals:
                 value = next(left, None)
-            if value is None or (equals and not metavar):
-                raise Failure(f"{flag} takes {f'a value: {metavar}' if metavar else 'no value'}", USAGE)
-            if "|" in metavar and value not in metavar.split("|"):
-                raise Failure(f"{flag} takes {metavar}, not {shown(value)}", USAGE)
-            if is_column:
-                columns.append((flag[2:], value))
-            else:
-                flags.setdefault(flag, []).append(value)
+            if value is None or (equals and not takes):
+                raise Failure(f"{flag} takes {f'a value: {takes}' if takes else 'no value'}", USAGE)
+            if "|" in takes and value not in takes.split("|"):
+                raise Failure(f"{flag} takes {takes}, not {shown(value)}", USAGE)
+            flags.setdefault(flag, []).append(value)
     if "--help" not in flags:
         check_words(command, words)
-    return Options(words, flags, columns)
+    return Options(words, flags)
 
 
 def check_words(command: str, words: list[str]) -> None:
     usage = COMMANDS[command][1]
-    names = usage.split()
     if words[:1] == [""]:
         raise Failure("the DATABASE has no name", USAGE)
-    too_few = len(words) < len(names) and usage != "[DATABASE]"
-    if too_few or (len(words) > len(names) and names[-1] != "OTHER..."):
+    needed = usage.count(" ") + 1
+    if (len(words) < needed and usage[0] != "[") or (len(words) > needed and usage[-1] != "."):
         raise Failure(f"takes {usage}, got {' '.join(map(shown, words)) or 'nothing'};"
                       f" see: dbtool.py {command} --help", USAGE)
 
@@ -2061,7 +2050,7 @@ def keep_unread(arguments: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, where, kept = (arguments or [""])[0], "", ""
+    command, where = (arguments or [""])[0], ""
     options: Options | None = None
     try:
         if command in ("-h", "--help"):
@@ -2074,17 +2063,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             where = f"{command}: "
             options = parse(command, arguments[1:])
+            where = f"{options.name or command}: "
             if "--help" in options.flags:
                 write_out([command_help(command, options)])
             else:
-                where = f"{options.name}: " if options.name else where
                 COMMANDS[command][0](options)
     except BrokenPipeError:  # `query … | head`: the rest is not wanted
         pass
     except (Failure, OSError) as error:
         failure = as_failure(error, "")
-        if not options and ("insert" in arguments or '"insert"' in nearest(command, COMMANDS)):
-            kept = keep_unread(arguments)
+        is_insert = "insert" in arguments or '"insert"' in nearest(command, COMMANDS)
+        kept = keep_unread(arguments) if is_insert and not options else ""
         report(f"{where}{failure}{kept}" if str(failure) else "")
         return failure.status
     return 0
