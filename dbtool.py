@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from operator import itemgetter
+    from sqlite3 import Connection, Cursor
     from types import FrameType
     from typing import Any, Optional, TypeVar
 
@@ -218,7 +219,7 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def columns_of(db: sqlite3.Connection, table: str) -> list[Column]:
+def columns_of(db: Connection, table: str) -> list[Column]:
     """Return the columns of *table*, none if there is no such table."""
     rows = db.execute(f"PRAGMA main.table_xinfo({quote(table)})").fetchall()
     indexes = db.execute(f"PRAGMA main.index_list({quote(table)})").fetchall()
@@ -613,7 +614,7 @@ def patiently(action: Callable[[], Result], deadline: float) -> Result:
         nap = min(2 * nap, LOCK_NAP_S)
 
 
-def scalar(db: sqlite3.Connection, sql: str, parameters: Sequence[Any] = ()) -> Any:
+def scalar(db: Connection, sql: str, parameters: Sequence[Any] = ()) -> Any:
     """Return the first value of the first row."""
     return db.execute(sql, parameters).fetchall()[0][0]  # all of them: PyPy would leave the statement open
 
@@ -655,7 +656,7 @@ def wanted_journal(path: str) -> tuple[str, str]:
     return ("delete", kind) if kind in NETWORK else ("wal", "")
 
 
-def connect_to_write(path: str, schema: Schema | None, deadline: float) -> sqlite3.Connection:
+def connect_to_write(path: str, schema: Schema | None, deadline: float) -> Connection:
     """Open or create the results file at *path* and begin a transaction that holds the write lock.
 
     Without a *schema*, the file is taken as it is.
@@ -678,7 +679,7 @@ def connect_to_write(path: str, schema: Schema | None, deadline: float) -> sqlit
         raise
 
 
-def switch_journal(db: sqlite3.Connection, path: str, schema: Schema, deadline: float) -> str:
+def switch_journal(db: Connection, path: str, schema: Schema, deadline: float) -> str:
     """Give a file its journal; return the file system that is the reason, if this is the first time."""
     journal, network = wanted_journal(path)
     before = patiently(lambda: scalar(db, "PRAGMA journal_mode"), deadline)
@@ -695,7 +696,7 @@ def switch_journal(db: sqlite3.Connection, path: str, schema: Schema, deadline: 
     return network if is_new or before != journal else ""
 
 
-def is_empty(db: sqlite3.Connection, schema: Schema) -> bool:
+def is_empty(db: Connection, schema: Schema) -> bool:
     """Tell whether nothing is in the file; raise Failure if something is that rows made for *schema* do not fit."""
     if not scalar(db, "SELECT count(*) FROM sqlite_master"):
         return True
@@ -713,7 +714,7 @@ def is_empty(db: sqlite3.Connection, schema: Schema) -> bool:
     return False
 
 
-def writing(path: str, schema: Schema | None, action: Callable[[sqlite3.Connection], Result], timeout: float) -> Result:
+def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
     """Return action(db), with a connection to the file at *path* in one transaction, which is then committed.
 
     Raises Failure; if COMMIT failed, its `claim` is what *action* returned: it may come to light all the same.
@@ -734,7 +735,7 @@ def writing(path: str, schema: Schema | None, action: Callable[[sqlite3.Connecti
         raise as_failure(error, path) from None
 
 
-def commit(db: sqlite3.Connection, path: str, deadline: float, claim: Any) -> None:
+def commit(db: Connection, path: str, deadline: float, claim: Any) -> None:
     try:
         patiently(lambda: db.execute("COMMIT"), deadline)
     except sqlite3.Error as error:
@@ -830,7 +831,7 @@ class Rows:
                 why = str(misfit)
         return Failure(f"record {self.number}: {why}")
 
-    def insert(self, db: sqlite3.Connection, first: tuple[str, Sequence[Any]]) -> dict[str, Any]:
+    def insert(self, db: Connection, first: tuple[str, Sequence[Any]]) -> dict[str, Any]:
         """Insert *first* and all pairs that follow; return the claim.
 
         The claim is the first row that was not there before, with its key: given, worked out from
@@ -849,28 +850,30 @@ class Rows:
             raise self.refusal(error) from None
         return claim
 
-    def insert_claimed(self, db: sqlite3.Connection, row: dict[str, Any]) -> dict[str, Any]:
+    def insert_claimed(self, db: Connection, row: dict[str, Any]) -> dict[str, Any]:
         """Insert one row; return it with its key, or nothing if a row with that key was there before."""
         schema = self.schema
+        key = {}
         for column in schema.key:
-            if column.name not in row and column.default is not None:
-                row[column.name] = scalar(db, f"SELECT {column.default}")
-        key = {column.name: row[column.name] for column in schema.key if column.name in row}
+            if column.default is not None:
+                row.setdefault(column.name, scalar(db, f"SELECT {column.default}"))
+            if column.name in row:
+                key[column.name] = row[column.name]
         known = key and self.on_conflict == "replace" and holds(db, schema, key)
         cursor = db.execute(insert_statement(schema.table, row, self.on_conflict), list(row.values()))
         if known or not cursor.rowcount:
             return {}
-        return row if key and len(key) == len(schema.key) else {**row, "_rowid_": cursor.lastrowid}
+        return row if 0 < len(key) == len(schema.key) else {**row, "_rowid_": cursor.lastrowid}
 
 
-def holds(db: sqlite3.Connection, schema: Schema, claim: Mapping[str, Any]) -> bool:
+def holds(db: Connection, schema: Schema, claim: Mapping[str, Any]) -> bool:
     """Tell whether the row of the *claim* is there."""
     known = {quote(name): claim[name] for name in claim if name in schema.by_name or name == "_rowid_"}
     where = " AND ".join(f"{name} IS ?" for name in known)
     return bool(scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where}", list(known.values())))
 
 
-def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[sqlite3.Connection], bool] = lambda db: False,
+def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection], bool] = lambda db: False,
           before_commit: Callable[[dict[str, Any]], object] = lambda claim: None) -> int:
     """Insert *rows* into the file at *path*, all or none; return how many came.
 
@@ -880,7 +883,7 @@ def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[sqlite3.Co
     """
     first = next(rows.pairs, None)  # before the file is touched: the producer may be slow, or the record bad
 
-    def insert_once(db: sqlite3.Connection) -> dict[str, Any]:
+    def insert_once(db: Connection) -> dict[str, Any]:
         claim = rows.insert(db, first) if first and not is_stored(db) else {}
         if claim:
             before_commit(claim)
@@ -1208,11 +1211,11 @@ class Stddev(Numbers):
         return statistics.stdev(values) if len(values) > 1 and not any(value - value for value in values) else None
 
 
-def names_of(cursor: sqlite3.Cursor) -> list[str]:
+def names_of(cursor: Cursor) -> list[str]:
     return [column[0] for column in cursor.description]
 
 
-def batches(cursor: sqlite3.Cursor) -> Iterator[Batch]:
+def batches(cursor: Cursor) -> Iterator[Batch]:
     count = 0
     for rows in iter(lambda: cursor.fetchmany(ROWS_AT_ONCE), []):
         yield rows
@@ -1277,10 +1280,10 @@ def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: 
 
 def table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
     """Yield lines for people: columns as wide as their first values, numbers to the right."""
-    from unicodedata import combining, east_asian_width
+    from unicodedata import east_asian_width
 
     def width(text: str) -> int:
-        return sum(0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text)
+        return sum(1 + (east_asian_width(char) in "FW") for char in text)
 
     def cell(value: Any) -> str:
         text = str(printable(value, null))
@@ -1290,10 +1293,11 @@ def table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -
         blank = " " * (size - width(text))
         return blank + text if is_number else text + blank
 
-    heading = [[cell(name) for name in names]] if header else []
+    names = list(map(cell, names))
+    heading = [names] if header else []
     widths: list[int] = []
     for rows in batches:
-        lines = [[cell(value) for value in row] for row in rows]
+        lines = [list(map(cell, row)) for row in rows]
         if not widths:
             numeric = [any(isinstance(value, (int, float)) for value in column) for column in zip(*rows)]
             widths = [max(map(width, column)) for column in zip(*heading, *lines)]
@@ -1301,7 +1305,7 @@ def table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -
         for line in lines:
             yield "  ".join(map(aligned, line, widths, numeric)).rstrip() + "\n"
     if not widths and header:
-        yield "  ".join(heading[0]) + "\n"
+        yield "  ".join(names) + "\n"
 
 
 def formatted(names: list[str], batches: Iterable[Batch], style: str, null: str = "",
@@ -1321,12 +1325,12 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
 
     It gets the rights of the file *like*, if one is named.
     """
+    if not target and sys.stdout is None:
+        raise Failure("standard output is closed")
     out: Any = None
     part = ""
     try:
         if not target:
-            if sys.stdout is None:
-                raise Failure("standard output is closed")
             out = sys.stdout.buffer
         elif exists(target) and not isfile(target):
             out = open(target, "wb")
@@ -1344,9 +1348,8 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
     except (OSError, Failure) as error:
         if out and not part:  # what is still in the buffer would fail or wait again when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        if isinstance(error, (Failure, BrokenPipeError)):
-            raise
-        error.filename = target or "standard output"
+        if isinstance(error, OSError):
+            error.filename = target or "standard output"
         raise
     finally:
         if part:
@@ -1389,14 +1392,18 @@ def wal_size(path: str) -> int:
     return os.path.getsize(path + "-wal") if exists(path + "-wal") else 0
 
 
-def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: float = LOCK_TIMEOUT_S,
+def reading(path: str, action: Callable[[Connection], Result], timeout: float = LOCK_TIMEOUT_S,
             guarded: bool = True) -> Result:
     """Return action(db), with a connection to the file at *path* that cannot write and leaves no files behind.
 
     Unless *guarded*, the connection may create other files. Raises Failure.
     """
+    def stamp() -> tuple[int, int]:
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+
     uri = uri_to_read(path)
-    before, had_wal, frozen = os.stat(path), wal_size(path), "immutable" in uri
+    before, had_wal, frozen = stamp(), wal_size(path), "immutable" in uri
     try:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
         try:
@@ -1414,8 +1421,7 @@ def reading(path: str, action: Callable[[sqlite3.Connection], Result], timeout: 
     except sqlite3.Error as error:
         SIGNALS.check()
         raise as_failure(error, path) from None
-    after = os.stat(path)
-    if frozen and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+    if frozen and stamp() != before:
         raise Failure("changed while it was read; run this again", TRY_AGAIN)
     return result
 
@@ -1431,8 +1437,8 @@ def remove_wal(path: str) -> None:
         db.close()
 
 
-def ask(db: sqlite3.Connection, sql: str, parameters: Mapping[str, Any] | Sequence[Any],
-        take: Callable[[sqlite3.Cursor], Result]) -> Result:
+def ask(db: Connection, sql: str, parameters: Mapping[str, Any] | Sequence[Any],
+        take: Callable[[Cursor], Result]) -> Result:
     """Run a query and return take(cursor); raise Failure if *sql* is not one query that works."""
     aggregates: Any = (("median", 1, Percentile), ("percentile", 2, Percentile), ("stddev", 1, Stddev))
     for aggregate in aggregates:
@@ -1451,7 +1457,7 @@ def ask(db: sqlite3.Connection, sql: str, parameters: Mapping[str, Any] | Sequen
         cursor.close()  # or the connection lives on, with its files
 
 
-def why_unanswered(db: sqlite3.Connection, said: str) -> str:
+def why_unanswered(db: Connection, said: str) -> str:
     if "authoriz" in said or "prohibited" in said:
         return f"query only reads, and this SQL would do more ({said})"
     if "no such column" in said or "no such table" in said:
@@ -1469,7 +1475,7 @@ def query(database: str, sql: str, parameters: Mapping[str, Any] | Sequence[Any]
           timeout: float = LOCK_TIMEOUT_S) -> list[dict[str, Any]]:
     """Return the rows that answer one SQL question, as dictionaries; nothing can be written. Raises Failure."""
 
-    def all_rows(cursor: sqlite3.Cursor) -> list[dict[str, Any]]:
+    def all_rows(cursor: Cursor) -> list[dict[str, Any]]:
         names = names_of(cursor)
         return [dict(zip(names, row)) for row in cursor]
 
@@ -1488,12 +1494,12 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
     if not schema.key or schema.key[0].rowid:
         raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
                       " means different rows; merge needs a primary key that is unique everywhere")
-    if exists(path) and exists(source) and os.path.samefile(path, source):
-        raise Failure("is the very file to merge into")
     table, key = quote(schema.table), ", ".join(quote(column.name) for column in schema.key)
     is_null = " OR ".join(f"{table}.{quote(column.name)} IS NULL" for column in schema.key)
 
-    def read(db: sqlite3.Connection) -> tuple[int, int, int]:
+    def read(db: Connection) -> tuple[int, int, int]:
+        if exists(path) and os.path.samefile(path, source):
+            raise Failure("is the very file to merge into")
         names = [column.name for column in columns_of(db, schema.table) if not column.generated]
         if not names:
             raise Failure(f"has no table {schema.table}")
@@ -1502,7 +1508,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         check_names(schema, names)
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
-    def add_rows(db: sqlite3.Connection, names: list[str]) -> tuple[int, int, int]:
+    def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
         columns = ", ".join(map(quote, names))
         db.execute("COMMIT")  # a new file has its table now
         deadline = time.monotonic() + timeout
@@ -1531,7 +1537,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
 
     to_stdout = target == "-"
     if not to_stdout and exists(target):
-        if exists(path) and os.path.samefile(path, target):
+        if os.path.samefile(path, target):
             raise Failure("is the very file to copy")
         if not isfile(target):
             raise Failure(f"{target} is a folder or device; name a file, or - for standard output")
@@ -1541,7 +1547,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
     part, file = new_part(join(tempfile.gettempdir(), "dbtool.db") if to_stdout else
                           target + ".copy" if compressed else target)
 
-    def copy(db: sqlite3.Connection) -> None:
+    def copy(db: Connection) -> None:
         size = os.path.getsize(path)
         PROGRESS.measure = lambda: ("copying", os.path.getsize(part) / size)
         db.execute("VACUUM INTO ?", (file_uri(part),))
@@ -1595,7 +1601,7 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
         raise Failure("there is no such file")
     values = {name: fit_text(wanted_column(schema, name), text) for name, text in (fill or {}).items()}
 
-    def take_steps(db: sqlite3.Connection) -> list[str]:
+    def take_steps(db: Connection) -> list[str]:
         steps, own = plan_migration(db, schema, drop)
         if steps:
             size = os.path.getsize(path)
@@ -1618,7 +1624,7 @@ def wanted_column(schema: Schema, name: str) -> Column:
     return schema.by_name[name]
 
 
-def plan_migration(db: sqlite3.Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:
+def plan_migration(db: Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:
     """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
     old, new = {column.name: column for column in columns_of(db, schema.table)}, schema.by_name
     made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
@@ -1658,7 +1664,7 @@ def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> Non
                       f" with: --drop {' --drop '.join(kept)}")
 
 
-def check_values(db: sqlite3.Connection, table: str, old: Column, new: Column) -> None:
+def check_values(db: Connection, table: str, old: Column, new: Column) -> None:
     """Raise Failure if a value would not be the same in the new type of its column, as a round trip tells."""
     if new.affinity in (old.affinity, "NUMERIC", "BLOB") or new.generated:
         return
@@ -1673,7 +1679,7 @@ def check_values(db: sqlite3.Connection, table: str, old: Column, new: Column) -
                       f" {shown(example)}; mend them first, or keep the type")
 
 
-def rebuild(db: sqlite3.Connection, schema: Schema, fill: Mapping[str, Any], own: list[Made]) -> None:
+def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[Made]) -> None:
     """Make the table anew from schema.sql, copy the rows, and make again all that hangs on it.
 
     As sqlite.org/lang_altertable.html advises for any change: the file then holds the very text of
@@ -1704,7 +1710,7 @@ def rebuild(db: sqlite3.Connection, schema: Schema, fill: Mapping[str, Any], own
             raise Failure(f"{kind} {name} would not work any more: {error}; change or drop it first") from None
 
 
-def copy_rows(db: sqlite3.Connection, schema: Schema, before: str, old: list[Column], fill: Mapping[str, Any]) -> None:
+def copy_rows(db: Connection, schema: Schema, before: str, old: list[Column], fill: Mapping[str, Any]) -> None:
     """Copy the rows of the table *before*, whose columns are *old*; without a key, they keep their numbers."""
     names = [column.name for column in old]
     sources = {} if schema.key or any(column.key for column in old) else {"_rowid_": "_rowid_"}
@@ -1755,13 +1761,8 @@ class Options:
 
     def pairs(self, flag: str) -> dict[str, str]:
         """Return the values NAME=VALUE of *flag*, split."""
-        found = {}
-        for text in self.flags.get(flag, []):
-            name, equals, value = text.partition("=")
-            if not name or not equals:
-                raise Failure(f"{flag} takes NAME=VALUE, not {shown(text)}", USAGE)
-            found[name] = value
-        return found
+        pairs = (text.partition("=") for text in self.flags.get(flag, []))
+        return {name: value for name, _, value in pairs}
 
     def as_named(self, text: str) -> str:
         """Return *text* with the path of the database as the user wrote it, where that names the same place."""
@@ -1834,7 +1835,7 @@ def query_command(options: Options) -> None:
             sql = sys.stdin.buffer.read().decode(errors="replace")
     parameters = {name: number_or_text(value) for name, value in options.params.items()}
 
-    def print_rows(cursor: sqlite3.Cursor) -> None:
+    def print_rows(cursor: Cursor) -> None:
         texts = formatted(names_of(cursor), batches(cursor), options.last("--format", "csv"), options.last("--null"),
                           "--no-header" not in options.flags)
         write_out(texts, output)
@@ -1877,7 +1878,7 @@ def retry_command(options: Options) -> None:
 def retry_one(options: Options, schema: Schema, path: str) -> None:
     """Store one kept file exactly once, whatever becomes of this process or of another that retries it too."""
 
-    def is_stored(db: sqlite3.Connection) -> bool:
+    def is_stored(db: Connection) -> bool:
         claim = read_claim(path)  # first: it goes after the file
         return not exists(path) or (claim is not None and holds(db, schema, claim))
 
@@ -2021,7 +2022,7 @@ def parse(command: str, arguments: list[str]) -> Options:
                 value = next(left, None)
             if value is None or (equals and not takes):
                 raise Failure(f"{flag} takes {f'a value: {takes}' if takes else 'no value'}", USAGE)
-            if "|" in takes and value not in takes.split("|"):
+            if ("|" in takes and value not in takes.split("|")) or ("=" in takes and "=" not in value[1:]):
                 raise Failure(f"{flag} takes {takes}, not {shown(value)}", USAGE)
             flags.setdefault(flag, []).append(value)
     if "--help" not in flags:
