@@ -195,11 +195,11 @@ class Column:
 class Schema:
     """The results table of a schema.sql: its name, columns, and every CREATE statement of the file."""
 
-    def __init__(self, path: str, table: str, columns: list[Column], made: list[Made]) -> None:
-        self.path, self.table, self.columns = path, table, columns
+    def __init__(self, path: str, table: str, by_name: dict[str, Column], made: list[Made]) -> None:
+        self.path, self.table, self.by_name = path, table, by_name
         self.made = made  # (type, name, CREATE statement) in the file's order
-        self.by_name = {column.name: column for column in columns}
-        self.key = [column for column in columns if column.key]
+        self.columns = list(by_name.values())
+        self.key = [column for column in self.columns if column.key]
 
 
 # By what a declared type contains, the first that does: sqlite.org/datatype3.html, section 3.1.
@@ -219,13 +219,13 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def columns_of(db: Connection, table: str) -> list[Column]:
-    """Return the columns of *table*, none if there is no such table."""
+def columns_of(db: Connection, table: str) -> dict[str, Column]:
+    """Return the columns of *table* by their names, none if there is no such table."""
     rows = db.execute(f"PRAGMA main.table_xinfo({quote(table)})").fetchall()
     indexes = db.execute(f"PRAGMA main.index_list({quote(table)})").fetchall()
     # An INTEGER PRIMARY KEY needs no index of its own, as it is the rowid.
-    rowid_alias = not any(index[3] == "pk" for index in indexes)
-    return [Column(row, rowid_alias) for row in rows]
+    rowid_alias = "pk" not in [index[3] for index in indexes]
+    return {row[1]: Column(row, rowid_alias) for row in rows}
 
 
 MADE = ("SELECT type, name, sql FROM sqlite_master"
@@ -596,15 +596,15 @@ def why_not_opened(path: str) -> str:
     return "cannot be opened: you may not write to it, to its folder, or to its -wal and -shm files there"
 
 
-def patiently(action: Callable[[], Result], deadline: float) -> Result:
-    """Call *action* until the lock that it needs is free, at most until *deadline* (time.monotonic).
+def patiently(action: Callable[..., Result], deadline: float, *arguments: Any) -> Result:
+    """Return action(*arguments), called until the lock that it needs is free, or until *deadline* (time.monotonic).
 
     SQLite's own waiting would keep a signal waiting too, and does not cover the switch to WAL.
     """
     nap = 0.001
     while True:
         try:
-            return action()
+            return action(*arguments)
         except sqlite3.OperationalError as error:
             left = deadline - time.monotonic()
             if not is_busy(error) or left <= 0:
@@ -666,7 +666,7 @@ def connect_to_write(path: str, schema: Schema | None, deadline: float) -> Conne
     try:
         network = switch_journal(db, path, schema, deadline) if schema else ""
         db.execute("PRAGMA synchronous = FULL")
-        patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
+        patiently(db.execute, deadline, "BEGIN IMMEDIATE")
         if schema and is_empty(db, schema):
             for _, _, sql in schema.made:
                 db.execute(sql)
@@ -682,13 +682,13 @@ def connect_to_write(path: str, schema: Schema | None, deadline: float) -> Conne
 def switch_journal(db: Connection, path: str, schema: Schema, deadline: float) -> str:
     """Give a file its journal; return the file system that is the reason, if this is the first time."""
     journal, network = wanted_journal(path)
-    before = patiently(lambda: scalar(db, "PRAGMA journal_mode"), deadline)
+    before = patiently(scalar, deadline, db, "PRAGMA journal_mode")
     if before == journal and not network:
         return ""
-    is_new = patiently(lambda: is_empty(db, schema), deadline)  # another program's file is left as it is
+    is_new = patiently(is_empty, deadline, db, schema)  # another program's file is left as it is
     try:
         is_wal = journal == "wal"
-        patiently(lambda: scalar(db, f"PRAGMA journal_mode = {journal}"), deadline if is_wal else 0.0)
+        patiently(scalar, deadline if is_wal else 0.0, db, f"PRAGMA journal_mode = {journal}")
     except sqlite3.OperationalError as error:
         if is_wal or not is_busy(error):
             raise
@@ -703,14 +703,13 @@ def is_empty(db: Connection, schema: Schema) -> bool:
     found = columns_of(db, schema.table)
     if not found:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
-    names = [column.name for column in found]
-    lacking = ", ".join(name for name in schema.by_name if name not in names)
+    lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
         raise Failure(f"has no column {lacking}, which {schema.path} has; add it with: dbtool.py migrate")
-    for column in found:
-        if column.name not in schema.by_name and column.needed and not column.nullable:
-            raise Failure(f"needs column {column.name}, which {schema.path} lacks;"
-                          f" add it there, or drop it with: dbtool.py migrate --drop {column.name}")
+    for name, column in found.items():
+        if name not in schema.by_name and column.needed and not column.nullable:
+            raise Failure(f"needs column {name}, which {schema.path} lacks;"
+                          f" add it there, or drop it with: dbtool.py migrate --drop {name}")
     return False
 
 
@@ -737,7 +736,7 @@ def writing(path: str, schema: Schema | None, action: Callable[[Connection], Res
 
 def commit(db: Connection, path: str, deadline: float, claim: Any) -> None:
     try:
-        patiently(lambda: db.execute("COMMIT"), deadline)
+        patiently(db.execute, deadline, "COMMIT")
     except sqlite3.Error as error:
         failure = as_failure(error, path)
         failure.claim = claim
@@ -746,7 +745,7 @@ def commit(db: Connection, path: str, deadline: float, claim: Any) -> None:
 
 def insert_statement(table: str, names: Iterable[str], on_conflict: str) -> str:
     # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
-    columns = [quote(name) for name in names]
+    columns = list(map(quote, names))
     if not columns:
         return f"INSERT INTO {quote(table)} DEFAULT VALUES"
     return (f"INSERT{' OR REPLACE' * (on_conflict == 'replace')} INTO {quote(table)} ({', '.join(columns)})"
@@ -831,7 +830,7 @@ class Rows:
                 why = str(misfit)
         return Failure(f"record {self.number}: {why}")
 
-    def insert(self, db: Connection, first: tuple[str, Sequence[Any]]) -> dict[str, Any]:
+    def insert(self, db: Connection, first: Any) -> dict[str, Any]:
         """Insert *first* and all pairs that follow; return the claim.
 
         The claim is the first row that was not there before, with its key: given, worked out from
@@ -869,12 +868,12 @@ class Rows:
 def holds(db: Connection, schema: Schema, claim: Mapping[str, Any]) -> bool:
     """Tell whether the row of the *claim* is there."""
     known = {quote(name): claim[name] for name in claim if name in schema.by_name or name == "_rowid_"}
-    where = " AND ".join(f"{name} IS ?" for name in known)
-    return bool(scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where}", list(known.values())))
+    where = " IS ? AND ".join(known)
+    return bool(scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where} IS ?", list(known.values())))
 
 
-def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection], bool] = lambda db: False,
-          before_commit: Callable[[dict[str, Any]], object] = lambda claim: None) -> int:
+def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection], bool] | None = None,
+          before_commit: Callable[[dict[str, Any]], object] | None = None) -> int:
     """Insert *rows* into the file at *path*, all or none; return how many came.
 
     Within the transaction, *is_stored* may tell that nothing is left to do, and *before_commit*
@@ -884,8 +883,8 @@ def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection
     first = next(rows.pairs, None)  # before the file is touched: the producer may be slow, or the record bad
 
     def insert_once(db: Connection) -> dict[str, Any]:
-        claim = rows.insert(db, first) if first and not is_stored(db) else {}
-        if claim:
+        claim = {} if is_stored and is_stored(db) else rows.insert(db, first)
+        if claim and before_commit:
             before_commit(claim)
         return claim
 
@@ -959,7 +958,7 @@ class Input:
         """Yield what is held, from the start."""
         self.copy.seek(self.start)
         self.done = 0
-        for data in iter(lambda: self.copy.read(CHUNK_BYTES), b""):
+        for data in pieces(self.copy):
             SIGNALS.check()
             yield data
             self.done += len(data)
@@ -1033,6 +1032,12 @@ def write_all(file: Any, data: bytes) -> None:
         view = view[file.write(view):]
 
 
+def pieces(file: Any) -> Iterator[bytes]:
+    """Yield the bytes of *file* from where it is."""
+    while data := file.read(CHUNK_BYTES):
+        yield data
+
+
 def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
     source.seek(start)
     while size:
@@ -1073,9 +1078,14 @@ def kept_files(path: str) -> list[str]:
     """Return the files kept for the database at *path*, oldest first; of some, only the claim is left."""
     from glob import escape, glob
 
-    spare = [join(folder, spare_prefix(path)) for folder in (dirname(path), *spare_folders())]
-    return sorted({name.removesuffix(".claim") for start in (join(path + "-kept", ""), *spare)
-                   for ending in (".json", ".json.claim") for name in glob(escape(start) + "*" + ending)})
+    starts = [join(path + "-kept", "")]
+    for folder in (dirname(path), *spare_folders()):
+        starts.append(join(folder, spare_prefix(path)))
+    found = set()
+    for start in starts:
+        found.update(glob(escape(start) + "*.json"))
+        found.update(glob(escape(start) + "*.json.claim"))
+    return sorted({name.removesuffix(".claim") for name in found})
 
 
 def new_part(path: str) -> tuple[str, io.FileIO]:
@@ -1118,12 +1128,17 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
+def hexed(blob: bytes) -> dict[str, str]:
+    """Return a BLOB as what structure() makes one of; for the json module."""
+    return {"$hex": blob.hex()}
+
+
 def write_claim(path: str, claim: Mapping[str, Any]) -> None:
     """Write beside the kept file at *path* which row shows that it is stored."""
     import json
 
     with open(path + ".claim", "wb", buffering=0) as file:
-        write_all(file, json.dumps(claim, default=lambda blob: {"$hex": blob.hex()}).encode())
+        write_all(file, json.dumps(claim, default=hexed).encode())
         os.fsync(file.fileno())
     sync_folder(path)
 
@@ -1217,7 +1232,7 @@ def names_of(cursor: Cursor) -> list[str]:
 
 def batches(cursor: Cursor) -> Iterator[Batch]:
     count = 0
-    for rows in iter(lambda: cursor.fetchmany(ROWS_AT_ONCE), []):
+    while rows := cursor.fetchmany(ROWS_AT_ONCE):
         yield rows
         count += len(rows)
         PROGRESS.show(f"{count:,} rows")
@@ -1265,9 +1280,11 @@ def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: 
     """Yield the rows, many at once, as JSON objects that insert reads; a BLOB is {"$hex": "…"}."""
     import json
 
-    encode = json.JSONEncoder(ensure_ascii=False, default=lambda blob: {"$hex": blob.hex()}).encode
-    seen = [names[:index].count(name) for index, name in enumerate(names)]
-    keys = [f"{name}:{again}" if again else name for name, again in zip(names, seen)]  # as SQLite itself names them
+    encode = json.JSONEncoder(ensure_ascii=False, default=hexed).encode
+    keys: list[str] = []
+    for name in names:
+        again = names[:len(keys)].count(name)
+        keys.append(f"{name}:{again}" if again else name)  # as SQLite itself names a second one
     gap = before
     for rows in batches:
         yield gap + between.join([encode(dict(zip(keys, row))) for row in rows])
@@ -1407,7 +1424,7 @@ def reading(path: str, action: Callable[[Connection], Result], timeout: float = 
     try:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
         try:
-            patiently(lambda: scalar(db, "SELECT count(*) FROM sqlite_master"), time.monotonic() + timeout)
+            patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")
             db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
             if guarded:
                 db.execute("PRAGMA query_only = ON")
@@ -1461,8 +1478,9 @@ def why_unanswered(db: Connection, said: str) -> str:
     if "authoriz" in said or "prohibited" in said:
         return f"query only reads, and this SQL would do more ({said})"
     if "no such column" in said or "no such table" in said:
-        tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
-        names = tables + [column.name for name in tables for column in columns_of(db, name)]
+        names: list[str] = []
+        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"):
+            names += [name, *columns_of(db, name)]
         return said + nearest(said.rpartition(": ")[2], names)
     if "decode" in said:
         return f"{said}; it is not UTF-8: SELECT CAST(… AS BLOB) shows its bytes"
@@ -1494,34 +1512,34 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
     if not schema.key or schema.key[0].rowid:
         raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
                       " means different rows; merge needs a primary key that is unique everywhere")
-    table, key = quote(schema.table), ", ".join(quote(column.name) for column in schema.key)
-    is_null = " OR ".join(f"{table}.{quote(column.name)} IS NULL" for column in schema.key)
+    table, keys = quote(schema.table), [quote(column.name) for column in schema.key]
+    key, is_null = ", ".join(keys), f" IS NULL OR {table}.".join(keys)
 
     def read(db: Connection) -> tuple[int, int, int]:
         if exists(path) and os.path.samefile(path, source):
             raise Failure("is the very file to merge into")
-        names = [column.name for column in columns_of(db, schema.table) if not column.generated]
+        names = [name for name, column in columns_of(db, schema.table).items() if not column.generated]
         if not names:
             raise Failure(f"has no table {schema.table}")
-        if scalar(db, f"SELECT count(*) FROM {table} WHERE {is_null}"):
+        if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
     def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
-        columns = ", ".join(map(quote, names))
+        quoted = list(map(quote, names))
+        columns, theirs, ours = ", ".join(quoted), ", s.".join(quoted), ", o.".join(quoted)
         db.execute("COMMIT")  # a new file has its table now
         deadline = time.monotonic() + timeout
-        patiently(lambda: db.execute("ATTACH ? AS source", (uri_to_read(source),)), deadline)
-        patiently(lambda: db.execute("BEGIN IMMEDIATE"), deadline)
-        total = patiently(lambda: scalar(db, f"SELECT count(*) FROM source.{table}"), deadline)
+        patiently(db.execute, deadline, "ATTACH ? AS source", (uri_to_read(source),))
+        patiently(db.execute, deadline, "BEGIN IMMEDIATE")
+        total = patiently(scalar, deadline, db, f"SELECT count(*) FROM source.{table}")
         # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
         added = db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM source.{table} WHERE true"
                            f" ON CONFLICT ({key}) DO NOTHING").rowcount
-        theirs, ours = (", ".join(f"{letter}.{quote(name)}" for name in names) for letter in "so")
         different = added < total and scalar(
             db, f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS o USING ({key})"
-                f" WHERE ({theirs}) IS NOT ({ours})")
+                f" WHERE (s.{theirs}) IS NOT (o.{ours})")
         return added, total - added, int(different)
 
     return reading(source, read, timeout)
@@ -1562,6 +1580,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
             else:
                 os.fsync(file.fileno())
                 os.replace(part, target)
+            if not to_stdout:
                 sync_folder(target)
     finally:
         PROGRESS.clear()
@@ -1572,7 +1591,6 @@ def packed(file: io.FileIO, target: str) -> Iterator[bytes]:
     """Yield the bytes of *file*, compressed if the name of the *target* says so."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
     if target.endswith(".gz"):
         import zlib
 
@@ -1582,9 +1600,9 @@ def packed(file: io.FileIO, target: str) -> Iterator[bytes]:
 
         press = lzma.LZMACompressor(preset=2)  # the default takes 5 times as long, for 5 % less
     else:
-        yield from chunks
+        yield from pieces(file)
         return
-    for data in chunks:
+    for data in pieces(file):
         yield press.compress(data)
         PROGRESS.show("compressing", file.tell() / size)
     yield press.flush()
@@ -1626,7 +1644,7 @@ def wanted_column(schema: Schema, name: str) -> Column:
 
 def plan_migration(db: Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:
     """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
-    old, new = {column.name: column for column in columns_of(db, schema.table)}, schema.by_name
+    old, new = columns_of(db, schema.table), schema.by_name
     made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
     kept = made.keys() - {name for _, name, _ in schema.made}
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
@@ -1710,18 +1728,18 @@ def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[M
             raise Failure(f"{kind} {name} would not work any more: {error}; change or drop it first") from None
 
 
-def copy_rows(db: Connection, schema: Schema, before: str, old: list[Column], fill: Mapping[str, Any]) -> None:
+def copy_rows(db: Connection, schema: Schema, before: str, old: dict[str, Column], fill: Mapping[str, Any]) -> None:
     """Copy the rows of the table *before*, whose columns are *old*; without a key, they keep their numbers."""
-    names = [column.name for column in old]
-    sources = {} if schema.key or any(column.key for column in old) else {"_rowid_": "_rowid_"}
+    has_key = schema.key or any(column.key for column in old.values())
+    sources = {} if has_key else {"_rowid_": "_rowid_"}
     values = []
-    for column in schema.columns:
-        name = quote(column.name)
-        if column.name in fill:
-            sources[name] = f"coalesce({name}, ?)" if column.name in names else "?"
-            values.append(fill[column.name])
-        elif column.name in names and not column.generated:
-            sources[name] = name
+    for name, column in schema.by_name.items():
+        quoted = quote(name)
+        if name in fill:
+            sources[quoted] = f"coalesce({quoted}, ?)" if name in old else "?"
+            values.append(fill[name])
+        elif name in old and not column.generated:
+            sources[quoted] = quoted
     # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
     db.execute(f"INSERT OR ABORT INTO {quote(schema.table)} ({', '.join(sources)}) SELECT"
                f" {', '.join(sources.values())} FROM {quote(before)}", values)
@@ -1761,8 +1779,7 @@ class Options:
 
     def pairs(self, flag: str) -> dict[str, str]:
         """Return the values NAME=VALUE of *flag*, split."""
-        pairs = (text.partition("=") for text in self.flags.get(flag, []))
-        return {name: value for name, _, value in pairs}
+        return dict(text.split("=", 1) for text in self.flags.get(flag, []))
 
     def as_named(self, text: str) -> str:
         """Return *text* with the path of the database as the user wrote it, where that names the same place."""
@@ -1884,8 +1901,7 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
 
     try:
         with open(path, "rb") as file:
-            chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-            rows = Rows(schema, records(chunks, options.skip_text), options.conflict)
+            rows = Rows(schema, records(pieces(file), options.skip_text), options.conflict)
             store(options.path, rows, options.timeout, is_stored, lambda claim: write_claim(path, claim))
     except FileNotFoundError:
         pass  # another retry has stored it, or one that was stopped between the two removals
@@ -1930,12 +1946,12 @@ def schema_command(options: Options) -> None:
              " ".join((column.default or "").split()), said.get(column.name, "")] for column in schema.columns]
     if options.name:
         names.append("file")
-        found = {column.name: column.in_words()
-                 for column in reading(options.path, lambda db: columns_of(db, schema.table), options.timeout)}
+        found = reading(options.path, lambda db: columns_of(db, schema.table), options.timeout)
         for row, column in zip(rows, schema.columns):
-            there = found.pop(column.name, "missing")
+            there = found.pop(column.name).in_words() if column.name in found else "missing"
             row.append("same" if there == column.in_words() else there)
-        rows += [[name, "", "", "", "", f"only there: {there}"] for name, there in found.items()]
+        for name, column in found.items():
+            rows.append([name, "", "", "", "", f"only there: {column.in_words()}"])
     write_out(formatted(names, [rows], options.last("--format", "table")))
 
 
