@@ -156,7 +156,7 @@ class Progress:
             complain(f"\r\x1b[K{text}, {ending}")
 
     def tick(self) -> None:
-        if self.measure and time.monotonic() >= self.next:
+        if self.measure:
             self.show(*self.measure())
 
     def clear(self) -> None:
@@ -1384,6 +1384,8 @@ def refuse_database(path: str, target: str) -> None:
 
 # -------------------------------------------------------------------------------------------- reading
 
+FROZEN = "?immutable=1"  # how the URI of a file ends that is read as one that does not change
+
 
 def uri_to_read(path: str) -> str:
     """Return the URI that opens the file at *path* without changing it; raise Failure if there is none.
@@ -1396,7 +1398,7 @@ def uri_to_read(path: str) -> str:
     with open(path, "rb") as file:
         is_wal = file.read(19)[18:] == b"\2"
     may_write = os.access(path, os.W_OK) and os.access(dirname(path), os.W_OK)
-    return file_uri(path) + ("?immutable=1" if is_wal and not may_write and not wal_size(path) else "?mode=ro")
+    return file_uri(path) + (FROZEN if is_wal and not may_write and not wal_size(path) else "?mode=ro")
 
 
 def file_uri(path: str) -> str:
@@ -1415,12 +1417,8 @@ def reading(path: str, action: Callable[[Connection], Result], timeout: float = 
 
     Unless *guarded*, the connection may create other files. Raises Failure.
     """
-    def stamp() -> tuple[int, int]:
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size
-
     uri = uri_to_read(path)
-    before, had_wal, frozen = stamp(), wal_size(path), "immutable" in uri
+    before, had_wal = stamp(path), wal_size(path)
     try:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
         try:
@@ -1430,17 +1428,27 @@ def reading(path: str, action: Callable[[Connection], Result], timeout: float = 
                 db.execute("PRAGMA query_only = ON")
                 db.set_authorizer(authorize)
             result = action(db)
+            check_unchanged(path, uri, before)
+            return result
         finally:
             PROGRESS.clear()
             db.close()
-            if exists(path + "-wal") and not had_wal and not frozen:
+            if exists(path + "-wal") and not had_wal and not uri.endswith(FROZEN):
                 remove_wal(path)
     except sqlite3.Error as error:
         SIGNALS.check()
         raise as_failure(error, path) from None
-    if frozen and stamp() != before:
+
+
+def stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
+
+
+def check_unchanged(path: str, uri: str, before: tuple[int, int]) -> None:
+    """Raise Failure if the file was read as one that does not change, and has changed since its stamp *before*."""
+    if uri.endswith(FROZEN) and stamp(path) != before:
         raise Failure("changed while it was read; run this again", TRY_AGAIN)
-    return result
 
 
 def remove_wal(path: str) -> None:
@@ -1524,14 +1532,21 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
-        return writing(path, schema, lambda db: add_rows(db, names), timeout)
+        uri, before = uri_to_read(source), stamp(source)
 
-    def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
+        def add(db: Connection) -> tuple[int, int, int]:
+            counts = add_rows(db, uri, names)
+            check_unchanged(source, uri, before)
+            return counts
+
+        return writing(path, schema, add, timeout)
+
+    def add_rows(db: Connection, uri: str, names: list[str]) -> tuple[int, int, int]:
         quoted = list(map(quote, names))
         columns, theirs, ours = ", ".join(quoted), ", s.".join(quoted), ", o.".join(quoted)
         db.execute("COMMIT")  # a new file has its table now
         deadline = time.monotonic() + timeout
-        patiently(db.execute, deadline, "ATTACH ? AS source", (uri_to_read(source),))
+        patiently(db.execute, deadline, "ATTACH ? AS source", (uri,))
         patiently(db.execute, deadline, "BEGIN IMMEDIATE")
         total = patiently(scalar, deadline, db, f"SELECT count(*) FROM source.{table}")
         # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
@@ -1617,7 +1632,11 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
     """
     if not isfile(path):
         raise Failure("there is no such file")
-    values = {name: fit_text(wanted_column(schema, name), text) for name, text in (fill or {}).items()}
+    values = {}
+    for name, text in (fill or {}).items():
+        if name not in schema.by_name:
+            raise Failure(f"--fill {no_column(schema, name)}", USAGE)
+        values[name] = fit_text(schema.by_name[name], text)
 
     def take_steps(db: Connection) -> list[str]:
         steps, own = plan_migration(db, schema, drop)
@@ -1634,12 +1653,6 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
     if dry_run:
         return reading(path, lambda db: plan_migration(db, schema, drop)[0], timeout)
     return writing(path, None, take_steps, timeout)
-
-
-def wanted_column(schema: Schema, name: str) -> Column:
-    if name not in schema.by_name:
-        raise Failure(f"--fill {name}: is no column of {schema.path}{nearest(name, schema.by_name)}", USAGE)
-    return schema.by_name[name]
 
 
 def plan_migration(db: Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:

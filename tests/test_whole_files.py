@@ -318,7 +318,7 @@ def test_migrate_everything(expect_success, expect_failure, db_path, tmp_path):
             (("--drop", "gone", "--fill", "n=7"), "NOT NULL constraint failed: t.c; nothing was changed (--fill COLUMN=VALUE", 1),
             (("--drop", "a"), "--drop a: is no column that only the file has", 2),
             (("--drop", "gonn"), "--drop gonn: is no column that only the file has; did you mean", 2),
-            (("--fill", "z=1"), "--fill z: is no column of new.sql", 2)]:
+            (("--fill", "z=1"), '--fill "z" is no column of t', 2)]:
         assert said in expect_failure("migrate", *new, *arguments, status=status)
         assert (sql(db_path, "SELECT * FROM sqlite_master"), sql(db_path, "SELECT * FROM t")) == before
     out = expect_success("migrate", *new, "--drop", "gone", "--fill", "n=7", "--fill", "c=q")
