@@ -2026,7 +2026,7 @@ def command_help(command: str, options: Options) -> str:
                 rows.append((f"{shown(flag) if ' ' in flag else flag} {kind}", said.get(column.name, "")))
     width = max(len(left) for left, _ in rows if len(left) <= 40)
     lines = [f"  {left:{width}}  {right}".rstrip() for left, right in rows]
-    return "\n".join([f"usage: dbtool.py {command} {words} [FLAG]...", "", f"{purpose}", "", *lines, ""])
+    return "\n".join([f"usage: dbtool.py {command} {words} [FLAG]...", "", purpose, "", *lines, ""])
 
 
 def parse(command: str, arguments: list[str]) -> Options:
@@ -2072,10 +2072,9 @@ def check_words(command: str, words: list[str]) -> None:
 def keep_unread(arguments: list[str]) -> str:
     """Keep what insert would have read, had its command line been right; return where that is."""
     name = next((word for word in arguments[1:] if word[:1] not in ("", "-") and word not in COMMANDS), "")
-    if not sys.stdin or sys.stdin.isatty():
-        return ""
-    where = Input(kept_places(realpath(name) if name else "")).keep()
-    return f"; {where}{f'; run: dbtool.py retry {name}' if name else ''}" if where else ""
+    source = Input(kept_places(realpath(name) if name else ""))
+    where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
+    return f"{where}; run: dbtool.py retry {name}" if where and name else where
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2102,9 +2101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass
     except (Failure, OSError) as error:
         failure = as_failure(error, "")
-        is_insert = "insert" in arguments or '"insert"' in nearest(command, COMMANDS)
-        kept = keep_unread(arguments) if is_insert and not options else ""
-        report(f"{where}{failure}{kept}" if str(failure) else "")
+        report(f"{where}{failure}" if str(failure) else "")
+        if not options and ("insert" in arguments or '"insert"' in nearest(command, COMMANDS)):
+            report(keep_unread(arguments))
         return failure.status
     return 0
 
