@@ -483,7 +483,7 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
         return True
 
     def malformed(why: str, at: int) -> Failure:
-        return Failure(f"record {count + 1} (line {line + text.count(chr(10), 0, at)}): {broken or why}")
+        return Failure(f"record {count + 1} (line {line + text.count(chr(10), 0, at)}): {why}")
 
     while True:
         while position < len(text) and text[position] in WHITESPACE:
@@ -502,10 +502,13 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
                 continue
             except (ValueError, StopIteration, RecursionError) as error:
                 why, at = what_is_wrong(error, text, position)
-                is_cut = "unterminated" in why
-                if (is_cut or at >= len(text) - TAIL) and more():
+                is_endless = "unterminated" in why
+                is_near_end = is_endless or at >= len(text) - TAIL
+                if is_near_end and more():
                     continue
-                if is_cut or at >= len(text.rstrip()):
+                if is_near_end and broken:
+                    raise malformed(broken, len(text)) from None
+                if is_endless or at >= len(text.rstrip()):
                     why = "it ends in the middle; was the program before the pipe cut off?"
                 raise malformed(f"not valid JSON: {why}", at) from None
             count += 1
