@@ -556,10 +556,7 @@ def what_is_wrong(error: Any, text: str, position: int) -> tuple[str, int]:
 # -------------------------------------------------------------------------------------------- database
 
 # What SQLite says, the exit status, and what to tell the user.
-BUSY = "locked by another process; try again, or wait longer with --timeout"
 MEANINGS: dict[str, tuple[int, str]] = {
-    "is locked": (TRY_AGAIN, BUSY),
-    "locking protocol": (TRY_AGAIN, BUSY),
     "disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
     "disk I/O error": (TRY_AGAIN, "disk I/O error; mend that and try again"),
     "readonly": (REFUSED, "may not be written, not even to roll back what a writer left unfinished; mend its"
@@ -569,7 +566,7 @@ MEANINGS: dict[str, tuple[int, str]] = {
 }
 
 
-def is_busy(error: sqlite3.Error) -> bool:
+def is_busy(error: Exception) -> bool:
     return "is locked" in str(error) or "locking protocol" in str(error)
 
 
@@ -583,6 +580,8 @@ def as_failure(error: Exception, path: str) -> Failure:
         status = TRY_AGAIN if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else REFUSED
         return Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), status)
     said = str(error)
+    if is_busy(error):
+        return Failure("locked by another process; try again, or wait longer with --timeout", TRY_AGAIN)
     if "unable to open" in said or "Could not open" in said:  # the latter is PyPy's
         return Failure(why_not_opened(path))
     for words, (status, meaning) in MEANINGS.items():
@@ -1535,16 +1534,10 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
+        return writing(path, schema, lambda db: add_rows(db, names), timeout)
+
+    def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
         uri, before = uri_to_read(source), stamp(source)
-
-        def add(db: Connection) -> tuple[int, int, int]:
-            counts = add_rows(db, uri, names)
-            check_unchanged(source, uri, before)
-            return counts
-
-        return writing(path, schema, add, timeout)
-
-    def add_rows(db: Connection, uri: str, names: list[str]) -> tuple[int, int, int]:
         quoted = list(map(quote, names))
         columns, theirs, ours = ", ".join(quoted), ", s.".join(quoted), ", o.".join(quoted)
         db.execute("COMMIT")  # a new file has its table now
@@ -1558,6 +1551,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         different = added < total and scalar(
             db, f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS o USING ({key})"
                 f" WHERE (s.{theirs}) IS NOT (o.{ours})")
+        check_unchanged(source, uri, before)
         return added, total - added, int(different)
 
     return reading(source, read, timeout)
@@ -1735,8 +1729,8 @@ def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[M
         copy_rows(db, schema, before, old, fill)
         db.execute(f"DROP TABLE {quote(before)}")
     others = [made for made in (*own, *schema.made) if made[0] != "table"]
-    views = [(kind, name, f"SELECT * FROM {quote(name)} LIMIT 0") for kind, name, _ in others if kind == "view"]
-    for kind, name, sql in others + views:
+    tries = [(kind, name, f"SELECT * FROM {quote(name)} LIMIT 0") for kind, name, _ in others if kind == "view"]
+    for kind, name, sql in others + tries:
         try:
             db.execute(sql).fetchall()
         except sqlite3.OperationalError as error:
