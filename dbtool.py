@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from operator import itemgetter
     from sqlite3 import Connection, Cursor
     from types import FrameType
-    from typing import Any, Optional, TypeVar
+    from typing import Any, Optional, TextIO, TypeVar
 
     Result = TypeVar("Result")
     Converter = Optional[Callable[[Any], Any]]
@@ -702,7 +702,12 @@ def is_empty(db: Connection, schema: Schema) -> bool:
     """Tell whether nothing is in the file; raise Failure if something is that rows made for *schema* do not fit."""
     if not scalar(db, "SELECT count(*) FROM sqlite_master"):
         return True
-    found = columns_of(db, schema.table)
+    check_columns(columns_of(db, schema.table), schema)
+    return False
+
+
+def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
+    """Raise Failure if rows made for *schema* do not fit a table with the columns *found*."""
     if not found:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
     lacking = ", ".join(name for name in schema.by_name if name not in found)
@@ -712,7 +717,6 @@ def is_empty(db: Connection, schema: Schema) -> bool:
         if name not in schema.by_name and column.needed and not column.nullable:
             raise Failure(f"needs column {name}, which {schema.path} lacks;"
                           f" add it there, or drop it with: dbtool.py migrate --drop {name}")
-    return False
 
 
 def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
@@ -777,8 +781,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {shown(close[0])}?" if close else ""
 
 
-# How a record that does not fit is found out: by fit(), by a conversion, or by SQLite.
-MISFITS = (Misfit, ValueError, OverflowError, RecursionError,
+# How a conversion, or SQLite, says that a value does not fit.
+MISFITS = (ValueError, OverflowError, RecursionError,
            sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
@@ -805,7 +809,7 @@ class Rows:
                 for index, convert in plan[1]:
                     row[index] = convert(row[index])
                 yield plan[0], row
-            except MISFITS as error:
+            except (Misfit, *MISFITS) as error:
                 raise self.refusal(error) from None
 
     def plan(self, record: Mapping[str, Any]) -> Plan:
@@ -819,7 +823,7 @@ class Rows:
                 conversions.append((index, convert))
         return insert_statement(self.schema.table, record, self.on_conflict), conversions
 
-    def refusal(self, error: Exception) -> Failure:
+    def refusal(self, error: Exception) -> Misfit:
         """Return what is wrong with the record, by what SQLite or a conversion said of it."""
         why = str(error)
         if "UNIQUE" in why:
@@ -830,7 +834,7 @@ class Rows:
                     fit(self.schema.by_name[name], value)
             except Misfit as misfit:
                 why = str(misfit)
-        return Failure(f"record {self.number}: {why}")
+        return Misfit(f"record {self.number}: {why}")
 
     def insert(self, db: Connection, first: Any) -> dict[str, Any]:
         """Insert *first* and all pairs that follow; return the claim.
@@ -912,17 +916,17 @@ class Input:
     """Standard input, held until its records are rows: a little in memory, more of it in a file.
 
     A regular file needs no copy, and is read where it is. `places` are paths at which the input can
-    be kept, best first.
+    be kept, best first. Without a *stream*, it holds what add() is given.
     """
 
-    def __init__(self, places: Iterator[str]) -> None:
+    def __init__(self, stream: TextIO | None, places: Iterator[str]) -> None:
         self.places = places
         self.copy: Any = io.BytesIO()
         self.part = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
         self.start = self.size = self.done = 0
-        self.ended, self.is_file = sys.stdin is None, False
-        if sys.stdin:
-            self.descriptor = sys.stdin.fileno()
+        self.ended, self.is_file = stream is None, False
+        if stream:
+            self.descriptor = stream.fileno()
             status = os.fstat(self.descriptor)
             self.is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
         if self.is_file:  # one without a name, as bash makes for <<<, would vanish
@@ -1808,7 +1812,7 @@ class Options:
 
 def insert_command(options: Options) -> None:
     """Store the JSON objects on standard input as rows, all of them or none."""
-    source = Input(kept_places(options.path))
+    source = Input(sys.stdin, kept_places(options.path))
     try:
         source.read(options.skip_text)
         rows = Rows(options.schema(), records(source.chunks(), options.skip_text), options.conflict)
@@ -2069,7 +2073,7 @@ def check_words(command: str, words: list[str]) -> None:
 def keep_unread(arguments: list[str]) -> str:
     """Keep what insert would have read, had its command line been right; return where that is."""
     name = next((word for word in arguments[1:] if word[:1] not in ("", "-") and word not in COMMANDS), "")
-    source = Input(kept_places(realpath(name) if name else ""))
+    source = Input(sys.stdin, kept_places(realpath(name) if name else ""))
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
     return f"{where}; run: dbtool.py retry {name}" if where and name else where
 

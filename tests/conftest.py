@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,8 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dbtool  # noqa: E402
+import sweep  # noqa: E402
 
 DBTOOL = str(ROOT / "dbtool.py")
+SWEEP = str(ROOT / "sweep.py")
 RECORD = json.loads((ROOT / "examples" / "result.json").read_text())
 
 
@@ -65,14 +68,14 @@ def db_path(tmp_path):
 def call(monkeypatch, capfdbinary):
     """Call main() in this process: call(*arguments, stdin=bytes) -> Result."""
 
-    def run(*arguments, stdin=b""):
+    def run(*arguments, stdin=b"", main=dbtool.main):
         stdin = stdin if isinstance(stdin, bytes) else json.dumps(stdin).encode()
         file = tempfile.TemporaryFile()
         file.write(stdin)
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capfdbinary.readouterr()
-        status = dbtool.main([str(argument) for argument in arguments])
+        status = main([str(argument) for argument in arguments])
         sys.stdout.flush()
         return Result(status, *capfdbinary.readouterr())
 
@@ -102,6 +105,12 @@ def expect_failure(call):
         return result.err
 
     return run
+
+
+@pytest.fixture
+def call_sweep(call):
+    """Call sweep.main() in this process: call_sweep(*arguments, stdin=bytes) -> Result."""
+    return functools.partial(call, main=sweep.main)
 
 
 @pytest.fixture

@@ -1,0 +1,569 @@
+"""Running what is missing: real jobs, their results, every way in which one fails, and interruptions."""
+
+import contextlib
+import json
+import os
+import pty
+import random
+import re
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SWEEP, kept, need, need_program
+
+import dbtool
+
+SCHEMA = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
+LONG = f"90.{os.getpid():08}"  # seconds of sleep, by which this run's processes can be told from all others
+GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]
+
+
+@pytest.fixture(autouse=True)
+def _schema(tmp_path, monkeypatch):
+    (tmp_path / "runs.sql").write_text(SCHEMA)
+    monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "runs.sql"))
+
+
+@pytest.fixture
+def swept(call_sweep):
+    """Run a sweep in this process that must end with *status*; return what it said."""
+
+    def run(*arguments, status=0):
+        result = call_sweep("r.db", *arguments)
+        assert (result.status, result.out) == (status, ""), result.err
+        return result.err
+
+    return run
+
+
+def shell(script):
+    """Return a command that runs *script* with the value of n as $1 and the sample as $2."""
+    return ["--", "sh", "-c", script, "sh", "{n}", "{sample}"]
+
+
+def start(*arguments, **options):
+    """Start sweep.py as a process."""
+    return subprocess.Popen([sys.executable, SWEEP, "r.db", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+def stored(path="r.db"):
+    """Return the values of n that are there, once for each row."""
+    if not os.path.exists(path):
+        return []
+    if not dbtool.query(path, "SELECT 1 FROM sqlite_master"):
+        return []
+    return sorted(row["n"] for row in dbtool.query(path, "SELECT n FROM runs"))
+
+
+def logs():
+    return {path.name.partition("_sample")[0]: path.read_text() for path in Path("r.db-sweep").glob("*.log")}
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def processes(mark):
+    """Return the command lines of the processes that have *mark* in it."""
+    done = subprocess.run(["ps", "-ww", "-eo", "stat=,args="], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if mark in line and line[0] != "Z"]
+
+
+def sleeping():
+    return [line for line in processes(LONG) if line.endswith(f" sleep {LONG}")]
+
+
+# ----------------------------------------------------------------------------------------------- results
+
+
+def test_every_missing_run_becomes_a_row_and_the_next_call_runs_nothing(swept):
+    command = ["-p", "n=1..5", "--samples", "2", "--jobs", "3", "--", *GOOD]
+    assert swept(*command) == "sweep: r.db: 10 of 10 runs stored, 0 failed\n"
+    assert stored() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert swept(*command) == "sweep: r.db: nothing is missing\n"
+    assert sorted(os.listdir()) == ["r.db", "runs.sql"]
+
+
+def test_metadata_tells_command_sample_start_and_seconds(swept):
+    before = time.time()
+    swept("-p", "n=7", *shell('sleep 0.3; echo "{\\"loss\\": 1}"'))
+    [row] = dbtool.query("r.db", "SELECT * FROM runs")
+    metadata = json.loads(row["metadata"])
+    assert metadata["command"] == shlex.join(["sh", "-c", 'sleep 0.3; echo "{\\"loss\\": 1}"', "sh", "7", "1"])
+    assert metadata["sample"] == 1 and 0.3 <= metadata["seconds"] < 5
+    started = time.mktime(time.strptime(metadata["started"], "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
+    assert before - 1 <= started <= time.time()
+
+
+def test_what_the_job_says_stays(swept):
+    swept("-p", "n=7", *shell('echo "{\\"n\\": 7.0, \\"loss\\": NaN, \\"metadata\\": {\\"mine\\": 1}}"'))
+    assert dbtool.query("r.db", "SELECT * FROM runs") == [{"n": 7, "loss": None, "metadata": '{"mine":1}'}]
+
+
+def test_a_table_without_metadata_has_none(swept, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (n INTEGER, loss REAL);")
+    swept("-p", "n=7", "--", *GOOD)
+    assert dbtool.query("r.db", "SELECT * FROM runs") == [{"n": 7, "loss": 1.0}]
+
+
+def test_chatter_around_the_result_and_a_mass_of_it_does_no_harm(swept):
+    script = ("head -c 9000000 /dev/zero | tr '\\0' '\\n'; head -c 9000000 /dev/zero >&2; echo epoch 1; "
+              'printf \'{\\n "loss":\\n 2}\'; echo; echo bye')
+    swept("-p", "n=1", *shell(script))
+    assert dbtool.query("r.db", "SELECT loss FROM runs") == [{"loss": 2.0}]
+
+
+def test_values_never_reach_a_shell_and_jobs_have_no_input(swept, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (name TEXT, loss REAL);")
+    swept("-p", "name=$(touch x);touch y", "--", sys.executable, "-c",
+          "import sys, json; print(json.dumps({'name': sys.argv[1], 'loss': len(sys.stdin.read())}))", "{name}")
+    assert dbtool.query("r.db", "SELECT * FROM runs") == [{"name": "$(touch x);touch y", "loss": 0.0}]
+    assert sorted(os.listdir()) == ["r.db", "runs.sql"]
+
+
+def test_workdir_gives_each_job_a_directory_of_its_own(swept):
+    swept("-p", "n=1,2", "--workdir", "runs", *shell('echo "$1" > own; echo "{\\"loss\\": 1}"'))
+    assert sorted((path.parent.name.rpartition("_")[0], path.read_text()) for path in Path("runs").glob("*/own")) == [
+        ("n-1_sample-1", "1\n"), ("n-2_sample-1", "2\n")]
+
+
+def test_a_job_that_prints_several_records_stores_them_all(swept):
+    swept("-p", "n=1", *shell('echo "{\\"loss\\": 1} {\\"loss\\": 2}"'))
+    assert dbtool.query("r.db", "SELECT loss FROM runs ORDER BY 1") == [{"loss": 1.0}, {"loss": 2.0}]
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("script, reason", [
+    ('echo "{\\"loss\\": 1}"; printf "oops\\n\\n" >&2; exit 3', "exit status 3 (oops)"),
+    ("kill -SEGV $$", "killed by signal 11"),
+    ("echo hello", "it printed no JSON object"),
+    ("true", "it printed no JSON object"),
+    ('echo "{\\"loss\\": 1"', "its output: record 1 (line 2): not valid JSON: it ends in the middle"),
+    ('echo "{\\"loss\\": \\"high\\"}"', 'record 1: column loss: expected a number that a 64-bit float holds or null, got "high"'),
+    ('echo "{\\"lost\\": 1}"', 'record 1: "lost" is no column of runs; did you mean "loss"?'),
+    ('echo "{\\"loss\\": -1}"', "CHECK constraint failed"),
+    ('echo "{\\"loss\\": 1, \\"n\\": 9}"', "it was to run with n 1, but its result says 9; is the parameter passed on"),
+    ('echo "{\\"loss\\": 1, \\"n\\": null}"', "column n: expected a 64-bit integer, got null"),
+], ids=lambda value: value[:40])
+def test_a_failed_job_is_named_with_its_reason_and_its_log_stays(swept, script, reason):
+    script = f'if [ "$1" = 1 ]; then :; {script}; else echo "{{\\"loss\\": 0}}"; fi'
+    said = swept("-p", "n=1,2", "--jobs", "2", *shell(script), status=1)
+    first, last = said.splitlines()
+    assert first.startswith("sweep: r.db: n=1 sample=1: ") and reason in first, said
+    assert last.startswith("sweep: r.db: 1 of 2 runs stored, 1 failed; to go on, run: python3 ")
+    path = first.rpartition("; see ")[2]
+    assert path.startswith("r.db-sweep/") and reason in Path(path).read_text()
+    assert f"command: {shlex.join(['sh', '-c', script, 'sh', '1', '1'])}\n" in Path(path).read_text()
+    assert stored() == [2]
+
+
+def test_the_log_has_what_the_job_printed(swept):
+    swept("-p", "n=1", "--logs", "deep/logs", *shell("echo to out; echo to err >&2; exit 1"), status=1)
+    [log] = Path("deep/logs").iterdir()
+    assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nseconds: \d\.\d{3}\nreason: exit status 1 \(to err\)\n"
+                        r"--- standard output\nto out\n--- standard error\nto err\n", log.read_text())
+
+
+def test_a_failure_of_one_does_not_spoil_the_batch(swept):
+    script = 'sleep 0.2; if [ "$1" = 3 ]; then echo "{\\"loss\\": -1}"; else echo "{\\"loss\\": 1}"; fi'
+    swept("-p", "n=1..8", "--jobs", "8", *shell(script), status=1)
+    assert stored() == [1, 2, 4, 5, 6, 7, 8]
+
+
+def test_the_summary_names_the_first_ten(swept):
+    said = swept("-p", "n=1..12", "--", "false", status=1).splitlines()
+    assert len(said) == 12 and said[10] == "sweep: r.db: and 2 more failed; see r.db-sweep"
+    assert said[11].startswith("sweep: r.db: 0 of 12 runs stored, 12 failed; to go on, run: ")
+
+
+def test_retries_try_again_and_success_removes_the_log(swept):
+    script = 'echo x >> "tries$1"; [ $(wc -l < "tries$1") = 3 ] && echo "{\\"loss\\": 1}"'
+    said = swept("-p", "n=1,2", "--retries", "1", *shell(script), status=1)
+    assert "0 of 2 runs stored, 2 failed" in said and "attempt: 2" in logs()["n-1"]
+    assert swept("-p", "n=1,2", "--retries", "1", *shell(script)) == "sweep: r.db: 2 of 2 runs stored, 0 failed\n"
+    assert not os.path.exists("r.db-sweep")
+
+
+def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
+    script = 'if [ "$1" = 1 ]; then sleep 1; echo "{\\"loss\\": 1}"; else exit 1; fi'
+    said = swept("-p", "n=1..100", "--jobs", "2", "--max-failures", "3", *shell(script), status=1)
+    assert "sweep: stopped by 3 failures: r.db: 1 of 100 runs stored, 3 failed, 99 left; to go on, run: " in said
+    assert stored() == [1]
+
+
+def test_a_program_that_vanishes_is_a_failure_of_the_job(swept):
+    said = swept("-p", "n=1,2", "--jobs", "1", "--workdir", "w", "--", "./{n}", status=1)
+    assert "n=1 sample=1: can't be started: No such file or directory: " in said and "2 failed" in said
+
+
+def test_timeout_ends_the_whole_group(swept):
+    began = time.monotonic()
+    said = swept("-p", "n=1", "--timeout", "0.5", *shell(f"sleep {LONG} & sleep {LONG}; wait"), status=1)
+    assert "n=1 sample=1: timed out after 0.5 s; see" in said and time.monotonic() - began < 5
+    assert processes(LONG) == []
+
+
+def test_a_job_that_ignores_the_signal_is_killed(swept, monkeypatch):
+    monkeypatch.setattr("sweep.KILL_GRACE_S", 0.5)
+    said = swept("-p", "n=1", "--timeout", "0.5", *shell("trap '' TERM; while :; do sleep 0.1; done"), status=1)
+    assert "timed out" in said
+
+
+def test_what_a_job_leaves_behind_in_its_group_ends_with_it(swept):
+    swept("-p", "n=1", *shell(f'sleep {LONG} & echo "{{\\"loss\\": 1}}"'))
+    assert stored() == [1] and processes(LONG) == []
+
+
+# ------------------------------------------------------------------------------------------ interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
+    script = f'if [ "$1" = 1 ]; then sleep 1.5; echo "{{\\"loss\\": 1}}"; else sleep {LONG}; fi'
+    arguments = ["-p", "n=1..9", "--jobs", "3", *shell(script)]
+    running = start(*arguments)
+    wait_for(lambda: len(sleeping()) == 2)
+    running.send_signal(number)
+    said = running.stderr.readline()
+    assert said == f"sweep: {number.name}: waiting 10 s for 3 running jobs; a second signal ends them now\n"
+    wait_for(lambda: stored() == [1])
+    running.send_signal(number)
+    out, said = running.communicate(timeout=20)
+    assert (running.returncode, out) == (75, "")
+    assert said == (f"sweep: stopped by {number.name}: r.db: 1 of 9 runs stored, 0 failed, 2 ended unfinished, 8 left;"
+                    f" to go on, run: python3 {shlex.join([SWEEP, 'r.db', *arguments])}\n")
+    assert processes(LONG) == [] and logs() == {}
+    assert sorted(os.listdir()) == ["r.db", "runs.sql"]
+
+
+@pytest.mark.slow
+def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
+    script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # " + LONG
+    running = start("-p", "n=1,2,3", "--jobs", "2", *shell(script))
+    wait_for(lambda: len(processes(f"# {LONG} sh")) == 2)
+    began = time.monotonic()
+    running.terminate()
+    _, said = running.communicate(timeout=40)
+    assert running.returncode == 75 and 14 < time.monotonic() - began < 20
+    assert "2 ended unfinished, 3 left" in said
+    assert processes(LONG) == []
+
+
+def test_a_signal_when_all_is_done_is_no_failure(swept):
+    running = start("-p", "n=1", "--jobs", "1", *shell('sleep 1; echo "{\\"loss\\": 1}"'))
+    wait_for(lambda: processes("sleep 1"))
+    time.sleep(0.2)
+    running.terminate()
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 0 and "1 of 1 runs stored" in said
+
+
+def test_a_signal_while_planning_stops_it(tmp_path):
+    running = start("-p", "n=1..3000000", "--where", "n < 0 OR n % 2 + n % 3 < 9", "--jobs", "1", *shell("true"))
+    time.sleep(0.7)
+    running.send_signal(signal.SIGUSR1)
+    out, said = running.communicate(timeout=20)
+    assert (running.returncode, out, said) == (75, "", "sweep: r.db: stopped by SIGUSR1\n")
+
+
+def test_kill_9_leaves_no_orphan_and_the_next_sweep_completes(swept):
+    script = f'setsid sleep {LONG} & sleep {LONG}; echo "{{\\"loss\\": 1}}"'
+    running = start("-p", "n=1..3", "--jobs", "3", *shell(script))
+    wait_for(lambda: len(sleeping()) == 6)
+    running.kill()
+    running.communicate(timeout=20)  # nobody holds its output open
+    wait_for(lambda: processes(LONG) == [])
+    swept("-p", "n=1..3", "--", *GOOD)
+    assert stored() == [1, 2, 3]
+
+
+def test_a_second_sweep_on_the_same_file_is_told_who_is_at_work(call_sweep):
+    running = start("-p", "n=1", *shell('sleep 2; echo "{\\"loss\\": 1}"'))
+    wait_for(lambda: os.path.exists("r.db-sweep.lock") and Path("r.db-sweep.lock").read_text())
+    result = call_sweep("./r.db", "-p", "n=2", "--", *GOOD)
+    assert (result.status, result.out) == (75, "")
+    assert re.fullmatch(rf"sweep: \./r\.db: another sweep is at work on it: process {running.pid} on \S+, since .*;"
+                        r" wait until it ends\n", result.err)
+    running.communicate(timeout=20)
+    assert running.returncode == 0 and stored() == [1]
+    assert call_sweep("r.db", "-p", "n=2", "--", *GOOD).status == 0
+
+
+def test_a_lock_file_that_a_dead_sweep_left_does_not_matter(swept):
+    Path("r.db-sweep.lock").write_text("process 1 on nowhere\n")
+    swept("-p", "n=1", "--", *GOOD)
+    assert not os.path.exists("r.db-sweep.lock")
+
+
+def test_jobs_go_on_while_the_file_is_locked_and_nothing_is_lost(swept):
+    swept("-p", "n=0", "--", *GOOD)
+    running = start("-p", "n=1..8", "--jobs", "2", *shell('echo "{\\"loss\\": 1}"; echo "$1" >> ended'))
+    with contextlib.closing(sqlite3.connect("r.db", isolation_level=None)) as db:
+        wait_for(lambda: os.path.exists("ended"))
+        db.execute("BEGIN IMMEDIATE")
+        done = db.execute("SELECT count(*) FROM runs").fetchone()[0]
+        wait_for(lambda: len(Path("ended").read_text().split()) == 8)
+        time.sleep(2.5)
+        assert db.execute("SELECT count(*) FROM runs").fetchone()[0] == done
+        db.execute("COMMIT")
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == 0, said
+    assert stored() == list(range(9))
+    assert said.endswith("sweep: r.db: 8 of 8 runs stored, 0 failed\n")
+    assert "locked by another process; try again, or wait longer with --timeout; results wait in memory" in said
+
+
+def test_results_that_cannot_be_stored_are_kept_and_the_next_sweep_stores_them(swept):
+    swept("-p", "n=0", "--", *GOOD)
+    with contextlib.closing(sqlite3.connect("r.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        running = start("-p", "n=1..3", "--jobs", "3", *shell('echo "{\\"loss\\": 1}"; echo "$1" >> ended'))
+        wait_for(lambda: os.path.exists("ended") and len(Path("ended").read_text().split()) == 3)
+        running.terminate()
+        running.terminate()
+        time.sleep(0.5)
+        running.terminate()
+        _, said = running.communicate(timeout=20)
+        assert running.returncode == 75 and "the input is kept in " in said, said
+        assert sum(path.read_text().count('"n": ') for path in kept("r.db")) == 3
+    assert swept("-p", "n=1..3", "--", *GOOD) == "sweep: r.db: nothing is missing\n"
+    assert stored() == [0, 1, 2, 3] and kept("r.db") == []
+
+
+def test_a_results_file_that_breaks_stops_the_sweep_and_the_results_are_kept():
+    running = start("-p", "n=1..50", "--jobs", "1", *shell('sleep 0.1; echo "{\\"loss\\": 1}"'))
+    wait_for(lambda: len(stored()) > 2)
+    with contextlib.closing(sqlite3.connect("r.db")) as db:
+        db.execute("ALTER TABLE runs RENAME TO walks")
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 1
+    assert "has no table runs" in said and "the input is kept in " in said and "Traceback" not in said
+    assert kept("r.db")
+
+
+def test_the_disk_is_full_for_a_while(tmp_path):
+    need(os.geteuid() == 0, "root, to mount a full disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        (disk / "r.db").symlink_to(disk / "real.db")
+        subprocess.run([sys.executable, SWEEP, disk / "real.db", "-p", "n=0", "--", *GOOD], check=True,
+                       stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            [sys.executable, SWEEP, disk / "real.db", "-p", "n=1..20", "--jobs", "2",
+             *shell('sleep 0.1; echo "{\\"loss\\": 1}"; echo "$1" >> ended')], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: os.path.exists("ended"))
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(b"x" * 1000)
+        wait_for(lambda: len(Path("ended").read_text().split()) == 20)
+        time.sleep(1.5)
+        os.unlink(disk / "filler")
+        _, said = running.communicate(timeout=30)
+        assert running.returncode == 0, said
+        assert stored(disk / "real.db") == list(range(21))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL], ids=lambda n: n.name)
+def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(number):
+    """25 moments for each of four signals; what a job has finished is never run again, but after SIGKILL."""
+    rng = random.Random(number)
+    script = 'sleep "0.0$((${1} % 7))"; echo "{\\"loss\\": 1}"; echo "$1" >> ended # ' + LONG
+    arguments = ["-p", "n=1..1000", "--jobs", "4", *shell(script)]
+    for _ in range(25):
+        running = start(*arguments)
+        time.sleep(0.1 + rng.random() * 0.5)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=30)
+        assert running.returncode in (75, 0, -9), said
+        assert "Traceback" not in said
+        wait_for(lambda: processes(LONG) == [])
+        assert len(set(stored())) == len(stored())
+        if number != signal.SIGKILL:
+            assert sorted(map(int, Path("ended").read_text().split() if os.path.exists("ended") else [])) == stored()
+    last = start(*arguments)
+    _, said = last.communicate(timeout=60)
+    assert last.returncode == 0, said
+    assert stored() == list(range(1, 1001))
+
+
+# ---------------------------------------------------------------------------------------------- capacity
+
+
+def test_a_thousand_jobs_at_once():
+    running = start("-p", "n=1..1000", "--jobs", "1000", *shell('echo x >> begun; while [ ! -e go ]; do sleep 1; done;'
+                                                               ' echo "{\\"loss\\": 1}"'),
+                    preexec_fn=lambda: __import__("resource").setrlimit(7, (256, 8192)))
+    wait_for(lambda: os.path.exists("begun") and len(Path("begun").read_text().split()) == 1000, 60)
+    Path("go").touch()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert stored() == list(range(1, 1001))
+
+
+def test_too_few_descriptors_are_an_error_at_once():
+    running = start("-p", "n=1", "--jobs", "1000", "--", *GOOD,
+                    preexec_fn=lambda: __import__("resource").setrlimit(7, (256, 256)))
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 2 and said == (
+        "sweep: r.db: --jobs 1000 needs 4100 open files; this system allows 256\n")
+
+
+@pytest.mark.slow
+def test_slots_are_busy_97_percent_of_the_time():
+    """Eight slots, and 200 jobs whose lengths have a long tail: the sum of their times by that of the slots."""
+    rng = random.Random(5)
+    lengths = [min(2.0, 0.1 * rng.paretovariate(1.2)) for _ in range(200)]
+    Path("lengths").write_text("\n".join(f"{t:.3f}" for t in lengths))
+    run = start("-p", "n=1..200", "--jobs", "8", *shell(
+        'date +"b %s.%N" >> times; sleep $(sed -n "${1}p" lengths); echo "{\\"loss\\": 1}"; date +"e %s.%N" >> times'))
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    events = sorted((float(when), 1 if kind == "b" else -1) for kind, when in
+                    (line.split() for line in Path("times").read_text().splitlines()))
+    running, busy, full_until = 0, 0.0, [when for when, kind in events if kind == 1][-1]
+    for (when, kind), (later, _) in zip(events, events[1:]):
+        running += kind
+        if later <= full_until:  # after the last start there is nothing left to fill a slot with
+            busy += running * (later - when)
+    share = busy / (8 * (full_until - events[0][0]))
+    assert share >= 0.97, share
+
+
+@pytest.mark.slow
+def test_trivial_jobs_run_at_three_times_the_rate_of_gnu_parallel():
+    parallel = need_program("parallel")
+
+    def timed(*command, **options):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+        return time.perf_counter() - began
+
+    ratios = []
+    numbers = "\n".join(map(str, range(600)))
+    for trial in range(5):
+        other = timed(parallel, "-j4", "true", input=numbers, text=True)
+        own = timed(sys.executable, SWEEP, f"{trial}.db", "-p", "n=1..1800", "--jobs", "4", "--", "echo",
+                    '{"n": {n}, "loss": 1}')
+        assert len(stored(f"{trial}.db")) == 1800
+        ratios.append((1800 / own) / (600 / other))
+    assert sorted(ratios)[2] >= 3, ratios
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def test_a_terminal_shows_one_line_in_place():
+    leader, follower = pty.openpty()
+    running = subprocess.Popen([sys.executable, SWEEP, "r.db", "-p", "n=1..8", "--jobs", "2",
+                                *shell('sleep 0.5; echo "{\\"loss\\": 1}"')], stderr=follower)
+    os.close(follower)
+    text = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(leader, 4096):
+            text += data
+    assert running.wait(timeout=20) == 0
+    *shown, summary = text.decode().replace("\r\n", "\n").split("\r\x1b[K")
+    assert summary == "sweep: r.db: 8 of 8 runs stored, 0 failed\n"
+    lines = [line for line in shown if line]
+    assert len(lines) > 2
+    assert all(re.fullmatch(r"\d of 8 done, [012] running, 0 failed, [\d.]+ runs/s(, 0:\d\d left)?", line) for line in lines)
+
+
+def test_elsewhere_it_is_a_line_a_minute(swept, monkeypatch):
+    monkeypatch.setattr("sweep.LINE_EVERY_S", 0.8)
+    said = swept("-p", "n=1..4", "--jobs", "2", *shell('sleep 0.5; echo "{\\"loss\\": 1}"'))
+    lines = said.splitlines()
+    assert len(lines) == 2 and re.fullmatch(r"sweep: \d of 4 done, 2 running, 0 failed, .* left", lines[0]), said
+
+
+# ------------------------------------------------------------------------------- functions, other engines
+
+
+@pytest.fixture
+def module(tmp_path):
+    (tmp_path / "work.py").write_text("""\
+import os
+def train(n, rate=2.0):
+    print("chatter", {"loss": 5})
+    return {"loss": n * rate}
+def seeded(n, sample):
+    return {"loss": sample, "metadata": {"folder": os.getcwd()}}
+def bad(n):
+    raise ValueError("n is no good")
+def nothing(n):
+    pass
+""")
+
+
+def test_a_python_function_is_called_with_the_parameters(swept, module):
+    swept("-p", "n=1..3", "--call", "work:train")
+    assert dbtool.query("r.db", "SELECT n, loss FROM runs ORDER BY n") == [{"n": n, "loss": n * 2.0} for n in (1, 2, 3)]
+
+
+def test_a_function_may_take_the_sample_and_runs_where_it_should(swept, module, tmp_path):
+    swept("-p", "n=1", "--samples", "2", "--call", "work:seeded", "--workdir", "w")
+    rows = dbtool.query("r.db", "SELECT loss, metadata FROM runs ORDER BY loss")
+    assert [row["loss"] for row in rows] == [1.0, 2.0]
+    assert json.loads(rows[0]["metadata"])["folder"].startswith(str(tmp_path / "w" / "n-1_sample-1_"))
+
+
+@pytest.mark.parametrize("function, reason, logged", [
+    ("bad", "exit status 1 (ValueError: n is no good)", "ValueError: n is no good"), ("nothing", "exit status 1", "work:nothing returned null; a dict"),
+    ("missing", "exit status 1", "no attribute 'missing'")])
+def test_a_function_that_fails_leaves_its_traceback_in_the_log(swept, module, function, reason, logged):
+    said = swept("-p", "n=1", "--call", f"work:{function}", status=1)
+    assert reason in said and "Traceback" not in said and logged in logs()["n-1"]
+
+
+@pytest.mark.parametrize("engine", [
+    ["parallel", "-j2"], ["xargs", "-d", "\\n", "-P", "2", "-I{}", "sh", "-c", "{}"], ["sh"]], ids=lambda words: words[0])
+def test_the_list_feeds_other_engines(call_sweep, swept, engine):
+    command = ["-p", "n=1..6", "--samples", "2", *shell('echo "it\'s $1"; echo "{\\"n\\": $1, \\"loss\\": 1}"')]
+    lines = call_sweep("r.db", "--list", *command)
+    assert (lines.status, lines.err) == (0, "") and lines.out.count("\n") == 12
+    subprocess.run([need_program(engine[0]), *engine[1:]], input=lines.out, text=True, check=True, capture_output=True)
+    assert stored() == sorted([*range(1, 7), *range(1, 7)])
+    assert swept(*command) == "sweep: r.db: nothing is missing\n"
+
+
+def test_the_list_of_a_function_runs_too(call_sweep, module, tmp_path):
+    lines = call_sweep("r.db", "--list", "-p", "n=1,2", "--call", "work:seeded")
+    os.makedirs("elsewhere")
+    done = subprocess.run(["sh", "-c", lines.out], cwd="elsewhere", capture_output=True, text=True, check=False)
+    assert "column n missing" in done.stderr  # a function that does not return its parameters needs the sweep
+    assert lines.out.count("\n") == 2
+
+
+def test_a_value_of_several_lines_has_no_line_of_shell(call_sweep, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (name TEXT, loss REAL);")
+    result = call_sweep("r.db", "--list", "--params", "-", "--", "echo", stdin={"name": "a\nb"})
+    assert result.status == 1 and "has a value of several lines" in result.err and result.err.count("\n") == 1
+
+
+def test_the_list_of_nothing_is_empty_and_a_closed_pipe_is_silent(tmp_path):
+    done = subprocess.run(f"{sys.executable} {SWEEP} r.db -p n=1..100000 --list -- echo | head -1", shell=True,
+                          capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_help_and_version():
+    for flag, words in [("--help", "usage: sweep.py DATABASE [-p COLUMN=VALUES]"), ("--version", f"sweep {dbtool.__version__}")]:
+        done = subprocess.run([SWEEP, flag], capture_output=True, text=True, check=True)
+        assert words in done.stdout and done.stderr == ""
