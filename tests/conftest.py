@@ -76,6 +76,7 @@ def call(monkeypatch, capfdbinary):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capfdbinary.readouterr()
         status = main([str(argument) for argument in arguments])
+        file.close()  # PyPy would do it late
         sys.stdout.flush()
         return Result(status, *capfdbinary.readouterr())
 
