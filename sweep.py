@@ -32,7 +32,6 @@ import decimal
 import errno
 import fcntl
 import importlib.machinery
-import io
 import itertools
 import json
 import math
@@ -756,8 +755,8 @@ class Writer(threading.Thread):
     def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: str) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
         lines = [json.dumps(record, default=lambda blob: {"$hex": blob.hex()}) + "\n" for record in records]
-        source = dbtool.Input(io.BytesIO("".join(lines).encode()), dbtool.kept_places(self.path))
-        source.read()
+        source = dbtool.Input(None, dbtool.kept_places(self.path))
+        source.add("".join(lines).encode())
         self.kept.append(f"{why}; {source.keep(claim)}")
 
 
@@ -1066,7 +1065,8 @@ def counted(plan: Plan) -> list[str]:
     db = sqlite3.connect(":memory:")
     db.execute("CREATE TABLE counts (parameter, value, wanted, stored, missing)")
     db.executemany("INSERT INTO counts VALUES (?, ?, ?, ?, ?)", plan.counts())
-    return list(dbtool.formatted(db.execute("SELECT * FROM counts"), "table"))
+    cursor = db.execute("SELECT * FROM counts")
+    return list(dbtool.formatted(dbtool.names_of(cursor), dbtool.batches(cursor), "table"))
 
 
 # ---------------------------------------------------------------------------------------- command line

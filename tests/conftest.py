@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,13 @@ def call(monkeypatch, capfdbinary):
 
     def run(*arguments, stdin=b"", main=dbtool.main):
         stdin = stdin if isinstance(stdin, bytes) else json.dumps(stdin).encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        file = tempfile.TemporaryFile()
+        file.write(stdin)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capfdbinary.readouterr()
         status = main([str(argument) for argument in arguments])
+        file.close()  # PyPy would do it late
         sys.stdout.flush()
         return Result(status, *capfdbinary.readouterr())
 

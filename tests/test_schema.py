@@ -118,12 +118,12 @@ def test_table_without_key_or_types(schema_file, expect_success, rows, db_path):
 
 def test_several_tables_need_a_name(schema_file, expect_success, expect_failure, rows, db_path, monkeypatch):
     schema_file("CREATE TABLE a (x TEXT); CREATE TABLE b (y TEXT);")
-    assert "has tables a, b; name one with --table" in expect_failure("insert", db_path, stdin={"x": "1"})
+    assert "has tables a, b; name one of them with --table" in expect_failure("insert", db_path, stdin={"x": "1"})
     expect_success("insert", db_path, "--table", "b", stdin={"y": "1"})
     monkeypatch.setenv("DBTOOL_TABLE", "a")
     expect_success("insert", db_path, stdin={"x": "2"})
     assert rows(db_path, "SELECT * FROM a, b") == [["2", "1"]]
-    assert "no table c; it has a, b" in expect_failure("insert", db_path, "--table=c", stdin={"x": "1"})
+    assert "has tables a, b; name one of them with --table" in expect_failure("insert", db_path, "--table=c", stdin={"x": "1"})
 
 
 @pytest.mark.parametrize(("sql", "said"), [

@@ -81,6 +81,17 @@ def test_insert_fits_or_refuses(call, db_path, text, column, expected, conflict)
         assert same(value, expected)
 
 
+@pytest.mark.parametrize("column", COLUMNS)
+def test_nan_is_refused_in_every_record(call, db_path, column):
+    """SQLite itself would put the default there, with OR REPLACE."""
+    good = '"x"' if column == "text" else "1.0"
+    assert call("insert", db_path, stdin=f'{{"{column}": {good}}}'.encode()).status == 0
+    data = f'{{"{column}": {good}}} {{"{column}": {good}}} {{"{column}": NaN}}'.encode()
+    result = call("insert", db_path, "--on-conflict", "replace", stdin=data)
+    assert result.status == 1 and f"record 3: column {column}: expected" in result.err
+    assert len(stored(db_path, column)) == 1
+
+
 @pytest.mark.parametrize(("text", "column"), [(text, column) for text in ("null", "NaN") for column in COLUMNS])
 def test_insert_null_where_nullable(call, db_path, text, column):
     result = call("insert", db_path, stdin=f'{{"{column}0": {text}}}'.encode())
