@@ -106,7 +106,7 @@ def test_missing_schema(db_path):
     check_retry(db_path)
 
 
-@pytest.mark.parametrize("journal", ["wal", "delete"])
+@pytest.mark.parametrize("journal", ["wal", pytest.param("delete", marks=pytest.mark.slow)])
 def test_locked_past_the_timeout(db_path, journal):
     assert process("insert", db_path, stdin=DATA).returncode == 0
     with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
@@ -285,6 +285,7 @@ def wait_until_read(child):
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ONE_SIGNAL = [pytest.param(number, marks=[pytest.mark.slow] * (number != signal.SIGTERM)) for number in SIGNALS]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -302,7 +303,7 @@ def test_a_signal_while_reading(db_path, number):
     check_retry(db_path)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_while_waiting_for_the_lock(db_path, number):
     assert process("insert", db_path, stdin=DATA).returncode == 0
     with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
@@ -356,7 +357,7 @@ def test_signals_at_any_time_lose_nothing(db_path):
     check_retry(db_path, expected)
 
 
-@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("second", ONE_SIGNAL)
 def test_a_second_signal_loses_nothing(db_path, second):
     for _ in range(5):
         with start(db_path) as child:
@@ -524,7 +525,7 @@ def test_a_commit_that_failed_and_yet_happened_is_not_stored_twice(db_path, tmp_
 
 
 @pytest.mark.parametrize("call", ["rename", "fdatasync", "unlink"])
-@pytest.mark.parametrize("when", range(1, 7))
+@pytest.mark.parametrize("when", [1, 2, *(pytest.param(when, marks=pytest.mark.slow) for when in range(3, 7))])
 def test_retry_killed_at_any_step_stores_once(db_path, call, when):
     strace = need_program("strace")
     assert process("insert", db_path, "--schema", "none.sql", stdin=GOOD * 3).returncode == 1

@@ -223,7 +223,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 
 @pytest.mark.parametrize("sql", [ENDLESS + "max(i) FROM n", ENDLESS + "i FROM n", ENDLESS + "i FROM n WHERE i < 0"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_an_endless_query(filled, tmp_path, sql, number):
     out = tmp_path / "out.csv"
     with subprocess.Popen([sys.executable, DBTOOL, "query", filled, sql, "--output", out], stderr=subprocess.PIPE) as child:

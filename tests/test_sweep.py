@@ -214,7 +214,7 @@ def test_retries_try_again_and_success_removes_the_log(swept):
 
 
 def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
-    script = 'if [ "$1" = 1 ]; then sleep 1; echo "{\\"loss\\": 1}"; else exit 1; fi'
+    script = 'if [ "$1" = 1 ]; then sleep 0.3; echo "{\\"loss\\": 1}"; else exit 1; fi'
     said = swept("-p", "n=1..100", "--jobs", "2", "--max-failures", "3", *shell(script), status=1)
     assert "sweep: stopped by 3 failures: r.db: 1 of 100 runs stored, 3 failed, 99 left; to go on, run: " in said
     assert stored() == [1]
@@ -245,6 +245,7 @@ def test_timeout_ends_the_whole_group(swept):
     assert processes(LONG) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_ended_in_time_is_not_late_because_the_sweep_was(swept):
     running = start("-p", "n=1", "--timeout", "1.5", *shell('touch begun; sleep 0.5; echo "{\\"loss\\": 1}"'))
     wait_for(lambda: os.path.exists("begun"))
@@ -255,6 +256,7 @@ def test_a_job_that_ended_in_time_is_not_late_because_the_sweep_was(swept):
     assert running.returncode == 0 and stored() == [1], said
 
 
+@pytest.mark.slow
 def test_a_job_is_told_only_once_to_end(swept, monkeypatch):
     monkeypatch.setattr("sweep.FINISH_GRACE_S", 0.1)
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -263,6 +265,7 @@ def test_a_job_is_told_only_once_to_end(swept, monkeypatch):
     assert Path("told").read_text() == "told\n"
 
 
+@pytest.mark.slow
 def test_a_job_that_ignores_the_signal_is_killed(swept, monkeypatch):
     monkeypatch.setattr("sweep.KILL_GRACE_S", 0.5)
     said = swept("-p", "n=1", "--timeout", "0.5", *shell("trap '' TERM; while :; do sleep 0.1; done"), status=1)
@@ -358,7 +361,7 @@ def test_a_lock_file_that_somebody_removes_does_not_matter(swept):
         "sweep: r.db: 1 of 1 runs stored, 0 failed\n")
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
+@pytest.mark.parametrize("which", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_commit_that_fails_is_tried_again_and_stores_once(swept, which):
     strace = need_program("strace")
     swept("-p", "n=0", "--", *GOOD)
@@ -401,6 +404,7 @@ def test_a_lock_file_that_a_dead_sweep_left_does_not_matter(swept):
     assert not os.path.exists("r.db-sweep.lock")
 
 
+@pytest.mark.slow
 def test_jobs_go_on_while_the_file_is_locked_and_nothing_is_lost(swept):
     swept("-p", "n=0", "--", *GOOD)
     running = start("-p", "n=1..8", "--jobs", "2", *shell('echo "{\\"loss\\": 1}"; echo "$1" >> ended'))
@@ -419,6 +423,7 @@ def test_jobs_go_on_while_the_file_is_locked_and_nothing_is_lost(swept):
     assert "locked by another process; try again, or wait longer with --timeout; results wait in memory" in said
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_stored_are_kept_and_the_next_sweep_stores_them(swept):
     swept("-p", "n=0", "--", *GOOD)
     with contextlib.closing(sqlite3.connect("r.db", isolation_level=None)) as db:
@@ -501,6 +506,7 @@ def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(numbe
 # ---------------------------------------------------------------------------------------------- capacity
 
 
+@pytest.mark.slow
 def test_a_thousand_jobs_at_once():
     running = start("-p", "n=1..1000", "--jobs", "1000", *shell('echo x >> begun; while [ ! -e go ]; do sleep 1; done;'
                                                                ' echo "{\\"loss\\": 1}"'),
@@ -583,8 +589,8 @@ def test_a_terminal_shows_one_line_in_place():
 
 
 def test_elsewhere_it_is_a_line_a_minute(swept, monkeypatch):
-    monkeypatch.setattr("sweep.LINE_EVERY_S", 0.8)
-    said = swept("-p", "n=1..4", "--jobs", "2", *shell('sleep 0.5; echo "{\\"loss\\": 1}"'))
+    monkeypatch.setattr("sweep.LINE_EVERY_S", 0.5)
+    said = swept("-p", "n=1..4", "--jobs", "2", *shell('sleep 0.3; echo "{\\"loss\\": 1}"'))
     lines = said.splitlines()
     assert len(lines) == 2 and re.fullmatch(r"sweep: \d of 4 done, 2 running, 0 failed, .* left", lines[0]), said
 
@@ -654,7 +660,7 @@ def test_a_value_of_several_lines_has_no_line_of_shell(call_sweep, tmp_path):
 
 
 def test_the_list_of_nothing_is_empty_and_a_closed_pipe_is_silent(tmp_path):
-    done = subprocess.run(f"{sys.executable} {SWEEP} r.db -p n=1..100000 --list -- echo | head -1", shell=True,
+    done = subprocess.run(f"{sys.executable} {SWEEP} r.db -p n=1..20000 --list -- echo | head -1", shell=True,
                           capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.count("\n") == 1
 

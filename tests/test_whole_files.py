@@ -42,8 +42,9 @@ def unpacked(path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "copy.db.gz", *(pytest.param(name, marks=pytest.mark.slow) for name in ("copy.db", "copy.db.xz", "-"))])
+    "copy.db", "copy.db.gz", "copy.db.xz", "-"])
 def test_snapshot_while_others_write(db_path, tmp_path, name):
     assert process("insert", db_path, stdin=json.dumps(records(2000)).encode()).returncode == 0
     writer = f"while :; do '{sys.executable}' '{DBTOOL}' insert '{db_path}' < rec.json || exit; done"
@@ -413,6 +414,7 @@ def test_migrate_drops_the_index_of_a_dropped_column(expect_success, expect_fail
     assert out.splitlines()[:2] == ["drop column h", "drop index ih"]
 
 
+@pytest.mark.slow
 def test_merge_waits_for_a_locked_source(db_path, tmp_path):
     for name in ("results.db", "a.db"):
         assert process("insert", name, stdin=DATA, env={**os.environ, "DBTOOL_JOURNAL": "delete"}).returncode == 0
