@@ -811,6 +811,7 @@ class Sweep:
     def go(self) -> int:
         """Run all; return the exit status."""
         limit_descriptors(self.options.jobs)
+        self.check_writable()
         self.pool = Pool(self.options.timeout or math.inf)
         self.writer = Writer(self.path, self.schema, self.pool.wake)
         self.progress = Progress(self)
@@ -826,6 +827,15 @@ class Sweep:
             self.pool.close()
             self.progress.clear()
         return self.summary()
+
+    def check_writable(self) -> None:
+        """Raise Failure if results could not be stored, before hours are spent on them. A lock may go away."""
+        nothing = f"DELETE FROM {quote(self.schema.table)} WHERE 0"
+        try:
+            dbtool.writing(self.path, self.schema, lambda db: db.execute(nothing).fetchone(), 0.0)
+        except Failure as failure:
+            if failure.status != dbtool.TRY_AGAIN:
+                raise
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:

@@ -152,3 +152,42 @@ def peak_memory(*arguments, stdin=None) -> int:
     status, peak = done.stderr.split()
     assert status == "0", done.stderr
     return int(peak)
+
+
+def as_nobody(action):
+    """Call *action* as a user without rights; return the exit status it returns and what it printed."""
+    need(os.geteuid() == 0, "root, to become another user")
+    import csv  # noqa: F401  what dbtool imports when it needs it: nobody may not read root's Python
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.setgid(65534)
+        os.setuid(65534)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        status = 99
+        try:
+            status = action()
+        except BaseException as error:
+            print(repr(error))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write)
+    with open(read) as file:
+        text = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
+@pytest.fixture
+def public(tmp_path_factory):
+    """A folder that every user may read."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)

@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import struct
@@ -19,9 +20,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SWEEP, kept, need, need_program
+from conftest import SWEEP, as_nobody, kept, need, need_program
 
 import dbtool
+import sweep
 
 SCHEMA = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
 LONG = f"90.{os.getpid():08}"  # seconds of sleep, by which this run's processes can be told from all others
@@ -218,6 +220,18 @@ def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
     said = swept("-p", "n=1..100", "--jobs", "2", "--max-failures", "3", *shell(script), status=1)
     assert "sweep: stopped by 3 failures: r.db: 1 of 100 runs stored, 3 failed, 99 left; to go on, run: " in said
     assert stored() == [1]
+
+
+def test_a_file_that_cannot_be_written_is_noticed_before_anything_runs(swept, public):
+    swept("-p", "n=0", "--", *GOOD)
+    for name in ("r.db", "runs.sql"):
+        shutil.copy(name, public)
+    (public / "r.db").chmod(0o444)
+    public.chmod(0o777)
+    words = ["-p", "n=1,2", *shell(f"touch {public}/ran")]
+    status, said = as_nobody(lambda: sweep.main([str(public / "r.db"), "--schema", str(public / "runs.sql"), *words]))
+    assert status == 1 and "may not be written" in said and said.count("\n") == 1, said
+    assert not (public / "ran").exists()
 
 
 def test_a_program_that_vanishes_is_a_failure_of_the_job(swept):

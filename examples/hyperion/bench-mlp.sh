@@ -13,7 +13,7 @@
 
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit
-[ -d env ] || ./setup.sh || exit
+[ -e env/ready ] || ./setup.sh || exit
 
 stored() {
     python3 ../../dbtool.py query results.db "SELECT count(*) FROM results" --no-header 2>/dev/null || echo 0

@@ -20,3 +20,4 @@ if [ ! -d env ]; then
     fi
 fi
 env/bin/python3 -m pip install --quiet --disable-pip-version-check -r requirements.txt
+touch env/ready # bench-mlp.sh runs this script until it has come to its end once
