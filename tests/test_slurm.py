@@ -194,8 +194,8 @@ def test_a_node_dies_a_job_is_cancelled_and_submitting_again_completes_the_grid(
 def test_at_the_time_limit_it_submits_itself_again(cluster, folder):
     job = folder / "job.sh"
     job.write_text(job.read_text().replace("exec python3", "sleep 2\nexec python3"))
-    # Slurm counts limits in minutes; the signal comes 5 seconds after the start, or some more.
-    submit(cluster, folder, "--time=1", "--signal=B:USR1@55", "--ntasks=2")
+    # Slurm counts limits in minutes; the signal comes 15 seconds after the start, or some more.
+    submit(cluster, folder, "--time=1", "--signal=B:USR1@45", "--ntasks=2")
     cluster.wait_for(lambda: len(list(folder.glob("slurm-*.log"))) >= 2, 90)
     assert "stopped by SIGUSR1" in said(folder) and "Submitted batch job" in said(folder)
     cluster.wait_for(lambda: not cluster.jobs(), 280)

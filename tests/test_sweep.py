@@ -317,7 +317,7 @@ def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
 
 @pytest.mark.slow
 def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
-    script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # " + LONG
+    script = "trap 'echo \"{\\\"loss\\\": 1}\"; exit 0' TERM; [ $1 = 2 ] && trap '' TERM; while :; do sleep 0.1; done # " + LONG
     running = start("-p", "n=1,2,3", "--jobs", "2", *shell(script))
     wait_for(lambda: len([line for line in processes(LONG) if line.split()[1] == "sh"]) == 2)
     began = time.monotonic()

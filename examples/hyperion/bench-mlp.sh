@@ -13,6 +13,10 @@
 
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit
+sweep=
+time_is_up=
+trap 'time_is_up=yes; [ -z "$sweep" ] || kill -USR1 "$sweep"' USR1
+trap '[ -z "$sweep" ] || kill -TERM "$sweep"' TERM INT
 [ -e env/ready ] || ./setup.sh || exit
 
 stored() {
@@ -29,9 +33,6 @@ python3 ../../sweep.py results.db \
     --author "${USER:-$(id -un)}" --seed "{sample}" &
 sweep=$!
 
-time_is_up=
-trap 'time_is_up=yes; kill -USR1 $sweep' USR1
-trap 'kill -TERM $sweep' TERM INT
 while kill -0 $sweep 2>/dev/null; do wait $sweep; done # a signal ends a wait early
 wait $sweep
 status=$?
