@@ -290,8 +290,9 @@ def planned(path: str, schema: Schema, axes: Sequence[Axis], samples: int, where
     """Return use(plan), with the plan made in a connection that can't change the results file at *path*."""
 
     def work(db: sqlite3.Connection) -> Any:
-        with dbtool.SIGNALS:
-            return use(Plan(db, schema, axes, samples, where))
+        result = use(Plan(db, schema, axes, samples, where))
+        dbtool.SIGNALS.check()
+        return result
 
     try:
         if os.path.exists(path):
@@ -858,6 +859,7 @@ class Sweep:
 
     def loop(self) -> None:
         while True:
+            self.heed()
             self.fill()
             if self.writer.crash:
                 raise self.writer.crash
@@ -867,7 +869,6 @@ class Sweep:
                 self.collect(job)
             while self.writer.outcomes:
                 self.written(*self.writer.outcomes.popleft())
-            self.heed()
             self.progress.show()
 
     def fill(self) -> None:
