@@ -398,7 +398,10 @@ class Output(dbtool.Input):
     """What a job has printed on one pipe: a little in memory, more of it in a temporary file, if there is room."""
 
     def __init__(self, pipe: int) -> None:
-        super().__init__(None, iter([os.path.join(tempfile.gettempdir(), f"sweep-{os.getpid()}-{pipe}")]))
+        places = []
+        with contextlib.suppress(OSError):  # no folder takes temporary files
+            places = [os.path.join(tempfile.gettempdir(), f"sweep-{os.getpid()}-{pipe}")]
+        super().__init__(None, iter(places))
 
 
 class Job:
@@ -677,8 +680,8 @@ def descendants(token: str) -> Iterator[int]:
 class Writer(threading.Thread):
     """Stores results as they come, those that wait together in one transaction.
 
-    `outcomes` holds (job, why it was refused or None), `kept` where results are that could not be
-    stored, and `trouble` what stands in the way.
+    `outcomes` holds (job, why it was refused or None), `kept` why results could not be stored and where
+    they are, and `trouble` what stands in the way now.
     """
 
     def __init__(self, path: str, schema: Schema, wake: Callable[[], None]) -> None:
@@ -690,7 +693,7 @@ class Writer(threading.Thread):
         self.give_up = threading.Event()
         self.outcomes: collections.deque[tuple[Job, Failure | None]] = collections.deque()
         self.trouble: Failure | None = None
-        self.kept: list[str] = []
+        self.kept: list[tuple[Failure, str]] = []
         self.crash: BaseException | None = None
 
     def put(self, job: Job) -> None:
@@ -716,7 +719,7 @@ class Writer(threading.Thread):
                 self.store(batch)
             except BaseException as error:  # a bug; the main thread shows it
                 self.crash = error
-                self.keep([record for job in batch for record in job.records], None, "an error in the program")
+                self.keep([record for job in batch for record in job.records], None, Failure("an error in the program"))
             self.wake()
             if self.crash:
                 return
@@ -745,7 +748,7 @@ class Writer(threading.Thread):
                 claim = self.trouble.claim or claim
                 self.wake()
                 if self.trouble.status != dbtool.TRY_AGAIN or self.give_up.wait(STORE_TRY_S):
-                    self.keep(records, claim, str(self.trouble))
+                    self.keep(records, claim, self.trouble)
                     self.outcomes += [(job, self.trouble) for job in batch]
                     return
             else:
@@ -753,12 +756,12 @@ class Writer(threading.Thread):
                 self.outcomes += [(job, None) for job in batch]
                 return
 
-    def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: str) -> None:
+    def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
         lines = [json.dumps(record, default=lambda blob: {"$hex": blob.hex()}) + "\n" for record in records]
         source = dbtool.Input(None, dbtool.kept_places(self.path))
         source.add("".join(lines).encode())
-        self.kept.append(f"{why}; {source.keep(claim)}")
+        self.kept.append((why, source.keep(claim)))
 
 
 class Lock:
@@ -976,16 +979,15 @@ class Sweep:
         if not self.options.logs:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs)  # if it is empty now
-        for what in self.writer.kept:
-            say(f"{self.name}: {what}")
+        for why, where in self.writer.kept:
+            say(f"{self.name}: {why}; {where}")
         for run, reason, log in self.failures[:FAILURES_NAMED]:
             say(f"{self.name}: {run}: {reason}; see {os.path.relpath(log)}")
         more = len(self.failures) - FAILURES_NAMED
         if more > 0:
             say(f"{self.name}: and {more:,} more failed; see {os.path.relpath(self.logs)}")
         say(done + (f"; to go on, run: {self.options.again}" if left else ""))
-        trouble = self.writer.trouble
-        if left and (self.signals or (trouble and trouble.status == dbtool.TRY_AGAIN)):
+        if left and (self.signals or any(why.status == dbtool.TRY_AGAIN for why, _ in self.writer.kept)):
             return dbtool.TRY_AGAIN
         return dbtool.REFUSED if left else 0
 
@@ -997,7 +999,7 @@ def label(run: Run) -> str:
 
 
 def limit_descriptors(jobs: int) -> None:
-    """Make room for three files a job, within what the system allows."""
+    """Make room for two pipes and two temporary files a job, within what the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 4 * jobs + 100
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -1172,6 +1174,8 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
         raise Failure("give a command after --, or --call MODULE:FUNCTION", dbtool.USAGE)
     with dbtool.SIGNALS:
         axes = chosen_axes(options, schema)
+    if options.workdir and words and "/" in words[0]:
+        words = [os.path.abspath(words[0]), *words[1:]]
     command = Command(words, options.call, [column.name for axis in axes for column in axis.columns])
     if words or options.call:
         command.check(schema, axes, name)

@@ -139,7 +139,9 @@ def test_values_never_reach_a_shell_and_jobs_have_no_input(swept, tmp_path):
 
 
 def test_workdir_gives_each_job_a_directory_of_its_own(swept):
-    swept("-p", "n=1,2", "--workdir", "runs", *shell('echo "$1" > own; echo "{\\"loss\\": 1}"'))
+    Path("job.sh").write_text('#!/bin/sh\necho "$1" > own; echo "{\\"loss\\": 1}"')
+    Path("job.sh").chmod(0o755)
+    swept("-p", "n=1,2", "--workdir", "runs", "--", "./job.sh", "{n}")
     assert sorted((path.parent.name.rpartition("_")[0], path.read_text()) for path in Path("runs").glob("*/own")) == [
         ("n-1_sample-1", "1\n"), ("n-2_sample-1", "2\n")]
 
@@ -235,8 +237,8 @@ def test_a_file_that_cannot_be_written_is_noticed_before_anything_runs(swept, pu
 
 
 def test_a_program_that_vanishes_is_a_failure_of_the_job(swept):
-    said = swept("-p", "n=1,2", "--jobs", "1", "--workdir", "w", "--", "./{n}", status=1)
-    assert "n=1 sample=1: can't be started: No such file or directory: " in said and "2 failed" in said
+    said = swept("-p", "n=1,2", "--jobs", "1", "--", "./{n}", status=1)
+    assert "n=1 sample=1: can't be started: No such file or directory: ./1" in said and "2 failed" in said
 
 
 def test_a_word_that_no_program_can_get_is_a_failure_of_the_job(swept, tmp_path):
