@@ -38,14 +38,9 @@ import math
 import os
 import re
 import resource
-import selectors
 import shlex
-import shutil
 import sqlite3
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -319,6 +314,8 @@ class Command:
 
     def check(self, schema: Schema, axes: Sequence[Axis], path: str) -> None:
         """Raise Failure if no run could succeed; warn of a parameter that would reach none."""
+        import shutil
+
         if self.call:
             module, colon, function = self.call.partition(":")
             if not colon or not function:
@@ -398,6 +395,8 @@ class Output(dbtool.Input):
     """What a job has printed on one pipe: a little in memory, more of it in a temporary file, if there is room."""
 
     def __init__(self, pipe: int) -> None:
+        import tempfile
+
         places = []
         with contextlib.suppress(OSError):  # no folder takes temporary files
             places = [os.path.join(tempfile.gettempdir(), f"sweep-{os.getpid()}-{pipe}")]
@@ -422,6 +421,8 @@ class Job:
 
         It writes into pipes: a file would lose a result on a full disk.
         """
+        import subprocess
+
         ends: list[int] = []
         try:
             for _ in range(2):
@@ -522,6 +523,8 @@ class Pool:
     """The running jobs, and one wait for all that can happen to them."""
 
     def __init__(self, timeout: float) -> None:
+        import selectors
+
         self.timeout = timeout
         os.environ[TOKEN] = f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}"
         self.guard = Guard(os.environ[TOKEN])
@@ -530,7 +533,8 @@ class Pool:
         self.woken, self.waker = os.pipe()
         for end in (self.woken, self.waker):
             os.set_blocking(end, False)
-        self.selector.register(self.woken, selectors.EVENT_READ)
+        self.is_readable = selectors.EVENT_READ
+        self.selector.register(self.woken, self.is_readable)
 
     def start(self, job: Job, folder: str | None) -> None:
         job.start(folder)
@@ -538,7 +542,7 @@ class Pool:
         self.running[job.process.pid] = job
         job.deadline = time.monotonic() + self.timeout
         for pipe in job.printed:
-            self.selector.register(pipe, selectors.EVENT_READ, job)
+            self.selector.register(pipe, self.is_readable, job)
 
     def wake(self) -> None:
         """End a wait from another thread."""
@@ -677,15 +681,17 @@ def descendants(token: str) -> Iterator[int]:
             pass
 
 
-class Writer(threading.Thread):
-    """Stores results as they come, those that wait together in one transaction.
+class Writer:
+    """Stores results as they come, in a thread of its own; those that wait together share a transaction.
 
     `outcomes` holds (job, why it was refused or None), `kept` why results could not be stored and where
     they are, and `trouble` what stands in the way now.
     """
 
     def __init__(self, path: str, schema: Schema, wake: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
+        import threading
+
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.path, self.schema, self.wake = path, schema, wake
         self.waiting: list[Job] = []
         self.change = threading.Condition()
@@ -705,7 +711,7 @@ class Writer(threading.Thread):
         with self.change:
             self.closing = True
             self.change.notify()
-        self.join()
+        self.thread.join()
 
     def run(self) -> None:
         while True:
@@ -821,7 +827,7 @@ class Sweep:
         self.progress = Progress(self)
         try:
             with self.handling_signals():
-                self.writer.start()
+                self.writer.thread.start()
                 try:
                     self.loop()
                 finally:

@@ -277,7 +277,7 @@ class Benchmarks:
     def dispatch(self) -> None:
         if not shutil.which("parallel"):
             return
-        count = 500 if self.quick else 2000
+        count = 1000 if self.quick else 2000
         numbers = self.folder / "numbers"
         numbers.write_text("".join(f"{i}\n" for i in range(count)))
         schema = self.folder / "jobs.sql"
