@@ -222,7 +222,9 @@ def test_a_signal_while_reading_the_sql(filled):
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT "
 
 
-@pytest.mark.parametrize("sql", [ENDLESS + "max(i) FROM n", ENDLESS + "i FROM n", ENDLESS + "i FROM n WHERE i < 0"])
+@pytest.mark.parametrize("sql", [
+    ENDLESS + "max(i) FROM n", ENDLESS + "i FROM n",
+    pytest.param(ENDLESS + "i FROM n WHERE i < 0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_an_endless_query(filled, tmp_path, sql, number):
     out = tmp_path / "out.csv"
