@@ -249,7 +249,8 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
             raise Failure(f"{path}: has no CREATE TABLE")
         table = table or os.environ.get("DBTOOL_TABLE") or (tables[0] if len(tables) == 1 else "")
         if table not in tables:
-            raise Failure(f"{path}: has tables {', '.join(tables)}; name one of them with --table")
+            raise Failure(f"{path}: has tables {', '.join(tables)}{f', and no {table}' if table else ''}; name one of"
+                          " them with --table")
         return Schema(path, table, columns_of(db, table), made)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; name the schema with --schema FILE or DBTOOL_SCHEMA") from None
@@ -376,9 +377,10 @@ def fit(column: Column, value: Any) -> Any:
         if isinstance(stored, str):
             stored.encode()  # half of a surrogate pair is no text
         return stored
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OverflowError, RecursionError) as error:
         wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
-        raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}") from None
+        why = ", which has half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else ""
+        raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}{why}") from None
 
 
 def fit_text(column: Column, text: str) -> Any:
@@ -502,7 +504,7 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
                 continue
             except (ValueError, StopIteration, RecursionError) as error:
                 why, at = what_is_wrong(error, text, position)
-                is_endless = "unterminated" in why
+                is_endless = why.startswith("unterminated string")
                 is_near_end = is_endless or at >= len(text) - TAIL
                 if is_near_end and more():
                     continue
@@ -530,7 +532,8 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
         elif char == "\ufeff" and not count:
             raise malformed("begins with a byte order mark; write UTF-8 without one", position)
         else:
-            raise malformed(f"expected a JSON object, got {shown(text[position:position + 20])}", position)
+            hint = "; --skip-text passes over lines of text" if char.isalpha() and not skip_text else ""
+            raise malformed(f"expected a JSON object, got {shown(text[position:position + 20])}{hint}", position)
     if broken:
         raise malformed(broken, position)
     if is_empty:
@@ -826,7 +829,7 @@ class Rows:
     def refusal(self, error: Exception) -> Misfit:
         """Return what is wrong with the record, by what SQLite or a conversion said of it."""
         why = str(error)
-        if "UNIQUE" in why:
+        if "UNIQUE" in why and isinstance(error, sqlite3.IntegrityError):
             why += ": such a row is there already (--on-conflict skip or replace says what to do with it)"
         elif not isinstance(error, Misfit):
             try:
@@ -926,7 +929,12 @@ class Input:
         self.start = self.size = self.done = 0
         self.ended, self.is_file = stream is None, False
         if stream:
-            self.descriptor = stream.fileno()
+            try:
+                self.descriptor = stream.fileno()
+            except OSError:  # it is in memory
+                self.ended = True
+                self.add(stream.buffer.read())
+                return
             status = os.fstat(self.descriptor)
             self.is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
         if self.is_file:  # one without a name, as bash makes for <<<, would vanish
@@ -1029,10 +1037,15 @@ class Input:
                 if claim:
                     write_claim(self.final, claim)
                 os.rename(self.part, self.final)
-                sync_folder(self.final)
-                return f"the input is kept in {self.final}"
+                self.part = ""
             except OSError:
                 self.move()
+                continue
+            try:
+                sync_folder(self.final)
+            except OSError:  # it is there; a second copy of it would be stored twice
+                pass
+            return f"the input is kept in {self.final}"
 
 
 def write_all(file: Any, data: bytes) -> None:
@@ -1306,10 +1319,10 @@ def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: 
 
 def table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
     """Yield lines for people: columns as wide as their first values, numbers to the right."""
-    from unicodedata import east_asian_width
+    from unicodedata import combining, east_asian_width
 
     def width(text: str) -> int:
-        return sum(1 + (east_asian_width(char) in "FW") for char in text)
+        return sum(1 + (east_asian_width(char) in "FW") for char in text if not combining(char))
 
     def cell(value: Any) -> str:
         text = str(printable(value, null))
@@ -1535,9 +1548,14 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
     def read(db: Connection) -> tuple[int, int, int]:
         if exists(path) and os.path.samefile(path, source):
             raise Failure("is the very file to merge into")
-        names = [name for name, column in columns_of(db, schema.table).items() if not column.generated]
+        made = [column.name for column in schema.columns if column.generated]
+        names = [name for name, column in columns_of(db, schema.table).items()
+                 if not column.generated and name not in made]
         if not names:
             raise Failure(f"has no table {schema.table}")
+        for column in schema.key:
+            if column.name not in names:
+                raise Failure(f"has no column {column.name}, by which rows are told apart")
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
@@ -1574,7 +1592,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
 
     to_stdout = target == "-"
     if not to_stdout and exists(target):
-        if os.path.samefile(path, target):
+        if exists(path) and os.path.samefile(path, target):
             raise Failure("is the very file to copy")
         if not isfile(target):
             raise Failure(f"{target} is a folder or device; name a file, or - for standard output")
@@ -1593,7 +1611,8 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
         with file:
             os.fchmod(file.fileno(), 0o600)  # until it has the rights of what it copies
             reading(path, copy, timeout, guarded=False)
-            shutil.copymode(path, part)
+            if not to_stdout:  # else it stays private where others may look
+                shutil.copymode(path, part)
             if to_stdout or compressed:
                 write_out(packed(file, target), "" if to_stdout else target, like=part)
             else:
@@ -1643,7 +1662,7 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
         values[name] = fit_text(schema.by_name[name], text)
 
     def take_steps(db: Connection) -> list[str]:
-        steps, own = plan_migration(db, schema, drop)
+        steps, own = plan_migration(db, schema, drop, values)
         if steps:
             size = os.path.getsize(path)
             PROGRESS.measure = lambda: ("rewriting", wal_size(path) / size)
@@ -1655,19 +1674,32 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
         return steps
 
     if dry_run:
-        return reading(path, lambda db: plan_migration(db, schema, drop)[0], timeout)
+        return reading(path, lambda db: plan_migration(db, schema, drop, values)[0], timeout)
     return writing(path, None, take_steps, timeout)
 
 
-def plan_migration(db: Connection, schema: Schema, drop: Collection[str]) -> tuple[list[str], list[Made]]:
+def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
+                   fill: Collection[str]) -> tuple[list[str], list[Made]]:
     """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
     old, new = columns_of(db, schema.table), schema.by_name
     made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
-    kept = made.keys() - {name for _, name, _ in schema.made}
+    wanted = [name for _, name, _ in schema.made]
+    for names, others in (old, new), (made, wanted):
+        folded = {name.lower(): name for name in others}
+        for name in names:
+            if folded.get(name.lower(), name) != name:
+                raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same, so"
+                              f" write {name} there")
+    kept = made.keys() - wanted
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
     indexes = [name for name in made if name in kept
                and any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
+    empty = [name for name, column in new.items()
+             if name not in old and name not in fill and column.needed and not column.nullable]
+    if empty and old and scalar(db, f"SELECT EXISTS (SELECT 1 FROM {quote(schema.table)})"):
+        raise Failure(f"column {', '.join(empty)} is new, NOT NULL and without a default; say what the old rows get:"
+                      f" {' '.join(f'--fill {name}=VALUE' for name in empty)}")
     steps = []
     for name, column in new.items() if old else ():
         if name not in old:
@@ -1707,7 +1739,8 @@ def check_values(db: Connection, table: str, old: Column, new: Column) -> None:
     there = f"+CAST({value} AS {new.affinity})"
     ((example, count),) = db.execute(
         f"SELECT {value}, count(*) FROM {quote(table)} WHERE {there} IS NOT {value}"
-        f" AND CAST({there} AS {old.affinity}) IS NOT {value} AND CAST(CAST({there} AS INTEGER) AS TEXT) IS NOT {value}"
+        f" AND +CAST({there} AS {old.affinity}) IS NOT {value}"
+        f" AND +CAST(CAST({there} AS INTEGER) AS TEXT) IS NOT {value}"
     ).fetchall()
     if count:
         raise Failure(f"column {new.name}: {count} values do not fit {new.type} without a change, such as"
@@ -1757,12 +1790,17 @@ def copy_rows(db: Connection, schema: Schema, before: str, old: dict[str, Column
             values.append(fill[name])
         elif name in old and not column.generated:
             sources[quoted] = quoted
+    if not sources:  # no column is left: the rows get a default, so that there are as many as before
+        first = next(column for column in schema.columns if not column.generated)
+        sources[quote(first.name)] = f"({first.default or 'NULL'})"
     # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
     db.execute(f"INSERT OR ABORT INTO {quote(schema.table)} ({', '.join(sources)}) SELECT"
                f" {', '.join(sources.values())} FROM {quote(before)}", values)
-    if scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = 'sqlite_sequence'"):  # the next number stays
-        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (schema.table,))
-        db.execute("UPDATE sqlite_sequence SET name = ? WHERE name = ?", (schema.table, before))
+    if scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = 'sqlite_sequence'"):
+        highest = scalar(db, "SELECT max(seq) FROM sqlite_sequence WHERE name IN (?, ?)", (schema.table, before))
+        db.execute("DELETE FROM sqlite_sequence WHERE name IN (?, ?)", (schema.table, before))
+        if highest is not None:  # the next number stays
+            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (schema.table, highest))
 
 
 # ------------------------------------------------------------------------------------------- commands

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple, NoReturn
 import dbtool
 from dbtool import Column, Failure, Misfit, Schema, quote, shown
 
-FINISH_GRACE_S = 10.0  # how long running jobs may go on after a signal
+GRACE_S = 10.0  # how long running jobs may go on after a signal, unless --grace says otherwise
 KILL_GRACE_S = 5.0  # how long a job that was told to end may take
 BURST_S = 0.02  # the pause between two transactions: results that come meanwhile share the next one
 STORE_TRY_S = 1.0  # how long one try to store waits for a lock
@@ -60,6 +60,7 @@ PIPE_BYTES = 1 << 16  # what a pipe holds on Linux: pipe(7)
 MOST = 10_000_000  # values of a range, samples of a combination, runs of a sweep
 FAILURES_NAMED = 10
 LAST_WORDS = 100  # characters of a failed job's last line on standard error
+LAUNCHERS = ("srun: ", "slurmstepd: ")  # what they say of a job that failed stands after the job's own last words
 NO_RESULT = "it printed no JSON object"
 STOPPED = "ended, since the sweep was stopped"
 STOPPING = {**dbtool.STOPPING, signal.SIGUSR1: "SIGUSR1"}  # Slurm can send the last before its time limit
@@ -135,6 +136,8 @@ def expanded(values: str) -> Iterator[str]:
             steps = (end - start) / step
         except decimal.DecimalException:
             steps = decimal.Decimal(-1)
+        if len(numbers) == 2 and steps != int(steps):
+            raise Misfit(f"the range {part} needs a step: START..END..STEP")
         if steps < 0:
             raise Misfit(f"the range {part} never reaches its end; write START..END..STEP")
         if steps >= MOST:
@@ -212,7 +215,9 @@ class Plan:
         counts = ", ".join(["NULL", *(f'"#{number}"' for number in range(len(axes))), str(samples)])
         self.ask("--where", self.names, f"""INSERT INTO plan.wanted
             SELECT {', '.join(["NULL", f"coalesce({counts})", *map(quote, self.names)])}
-            {'FROM ' + ' CROSS JOIN '.join(tables) if tables else ''} WHERE ({where or 1}\n)""")
+            {'FROM ' + ' CROSS JOIN '.join(tables) if tables else ''} WHERE ({where or 1}\n) LIMIT {MOST + 1}""")
+        if self.db.execute('SELECT max("#id") FROM plan.wanted').fetchone()[0] == MOST + 1:
+            raise Failure(f"the grid has more than {MOST:,} combinations")
 
     def count(self, schema: Schema) -> None:
         """Find the rows of each wanted combination, and which samples they say they are."""
@@ -312,8 +317,8 @@ class Command:
         self.words, self.call, self.names = list(words), call, names
         self.placed = {name for word in words for name in PLACEHOLDER.findall(word)}
 
-    def check(self, schema: Schema, axes: Sequence[Axis], path: str) -> None:
-        """Raise Failure if no run could succeed; warn of a parameter that would reach none."""
+    def check(self, schema: Schema, axes: Sequence[Axis]) -> None:
+        """Raise Failure if no run could succeed, or a parameter would reach none."""
         import shutil
 
         if self.call:
@@ -325,14 +330,17 @@ class Command:
             return
         if not PLACEHOLDER.search(self.words[0]) and not shutil.which(self.words[0]):
             raise Failure(f"{self.words[0]}: there is no such program", dbtool.USAGE)
-        for name in self.placed - set(self.names):
+        for name in sorted(self.placed - {*self.names, "sample"}):
             if name in schema.by_name:
                 raise Failure(f"COMMAND has {{{name}}}, but no -p or --params gives {name}", dbtool.USAGE)
-        if self.placed & set(self.names):
-            for axis in axes:
-                unused = [column.name for column in axis.columns if column.name not in self.placed]
-                if len(axis.rows) > 1 and len(unused) == len(axis.columns):
-                    say(f"{path}: warning: {', '.join(unused)} varies, but COMMAND has no {{{unused[0]}}}")
+            meant = dbtool.nearest(name, [*self.names, "sample"])
+            if meant and len(name) > 3:  # other words in braces are the job's own affair
+                raise Failure(f"COMMAND has {{{name}}}, which is no parameter{meant}", dbtool.USAGE)
+        for axis in axes if self.placed & set(self.names) else ():
+            names = [column.name for column in axis.columns]
+            if len(axis.rows) > 1 and not self.placed & set(names):
+                raise Failure(f"{', '.join(names)} varies, but COMMAND has no {{{names[0]}}}, so that no job would know"
+                              " it", dbtool.USAGE)
 
     def for_run(self, run: Run) -> list[str]:
         """Return the program and its arguments for one run."""
@@ -484,12 +492,13 @@ class Job:
         tail = b""
         for data in self.output(1):
             tail = (tail + data)[-4096:]
-        lines = tail.decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        lines = [line.strip() for line in tail.decode(errors="replace").split("\n")]
+        own = [line for line in lines if line and not line.startswith(LAUNCHERS)]
+        last = own[-1] if own else ""
         return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
 
-    def result(self, schema: Schema) -> list[dict[str, Any]]:
-        """Return the records that the job printed, complete; raise Failure if it failed."""
+    def take_result(self, schema: Schema) -> None:
+        """Take the records that the job printed, and complete them; raise Failure if it failed."""
         if self.why_ended and (self.status or self.why_ended != STOPPED):
             raise Failure(self.why_ended)
         if self.status:
@@ -499,10 +508,12 @@ class Job:
             found = list(dbtool.records(self.output(0), skip_text=True))
         except Failure as failure:
             raise Failure(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
-        records = [self.complete(record, schema) for record in found]
-        for _ in dbtool.Rows(schema, records, "fail").pairs:
-            pass
-        return records
+        self.records = [self.complete(record, schema) for record in found]
+        try:
+            for _ in dbtool.Rows(schema, self.records, "fail").pairs:
+                pass
+        except Misfit as misfit:
+            raise Failure(str(misfit).replace("record 1: ", "", len(found) == 1)) from None
 
     def complete(self, record: dict[str, Any], schema: Schema) -> dict[str, Any]:
         """Fill in what the job left out; raise Failure if it says that it ran with other parameters."""
@@ -764,10 +775,14 @@ class Writer:
 
     def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
-        lines = [json.dumps(record, default=lambda blob: {"$hex": blob.hex()}) + "\n" for record in records]
         source = dbtool.Input(None, dbtool.kept_places(self.path))
-        source.add("".join(lines).encode())
+        source.add("".join(as_lines(records)).encode())
         self.kept.append((why, source.keep(claim)))
+
+
+def as_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return *records* as JSON Lines that insert reads."""
+    return [json.dumps(record, default=dbtool.hexed) + "\n" for record in records]
 
 
 class Lock:
@@ -899,7 +914,7 @@ class Sweep:
     def collect(self, job: Job) -> None:
         """Take the result of a job that has ended."""
         try:
-            job.records = job.result(self.schema)
+            job.take_result(self.schema)
         except Failure as failure:
             self.failed(job, str(failure))
         else:
@@ -914,7 +929,7 @@ class Sweep:
                 os.unlink(self.log_path(job.run))  # of an earlier failure
             job.close()
         elif isinstance(refusal, Misfit):
-            self.failed(job, str(refusal).partition(" (--on-conflict")[0])
+            self.failed(job, str(refusal).replace("record 1: ", "").partition(" (--on-conflict")[0])
         else:
             job.close()
             self.stop(str(refusal))
@@ -944,15 +959,15 @@ class Sweep:
         if self.signals and not self.stop_reason.startswith("SIG"):
             self.stop_reason, self.stop_at = STOPPING[self.signals[0]], now
             if self.pool.running:
-                self.progress.say(f"{self.stop_reason}: waiting {FINISH_GRACE_S:g} s for {len(self.pool.running)}"
+                self.progress.say(f"{self.stop_reason}: waiting {self.options.grace:g} s for {len(self.pool.running)}"
                                   " running jobs; a second signal ends them now")
         if len(self.signals) > 1:
             self.pool.kill(STOPPED)
             self.writer.give_up.set()
-        elif self.signals and now > self.stop_at + FINISH_GRACE_S:
+        elif self.signals and now > self.stop_at + self.options.grace:
             self.pool.end(STOPPED)
         self.idle_since = math.inf if self.pool.running else min(now, self.idle_since)
-        if now > self.idle_since + (FINISH_GRACE_S if self.signals else LAST_TRIES_S):
+        if now > self.idle_since + (GRACE_S if self.signals else LAST_TRIES_S):
             self.writer.give_up.set()
 
     def log_path(self, run: Run) -> str:
@@ -963,13 +978,17 @@ class Sweep:
         path = self.log_path(job.run)
         head = (f"command: {shlex.join(job.words)}\nrun: {job.run}\nattempt: {self.attempts[job.run]}\n"
                 f"seconds: {job.seconds:.3f}\nreason: {reason}\n")
+        head += "".join(f"result: {line}" for line in as_lines(job.records))
         try:
             os.makedirs(self.logs, exist_ok=True)
             with open(path, "wb") as file:
                 file.write(head.encode(errors="backslashreplace"))
                 for index, title in enumerate(("output", "error")):
                     file.write(f"--- standard {title}\n".encode())
-                    file.writelines(job.output(index))
+                    data = b"\n"
+                    for data in job.output(index):
+                        file.write(data)
+                    file.write(b"" if data.endswith(b"\n") else b"\n")
         except OSError as error:
             self.progress.say(f"{path}: {error.strerror}; so there is no log of {job.run}: {reason}")
         return path
@@ -1093,7 +1112,8 @@ def counted(plan: Plan) -> list[str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Failure(f"{message}; see: sweep.py --help", dbtool.USAGE)
+        hint = "the command stands after --; " if message.startswith("unrecognized arguments") else ""
+        raise Failure(f"{message}; {hint}see: sweep.py --help", dbtool.USAGE)
 
 
 def parser() -> Parser:
@@ -1103,7 +1123,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("database", metavar="DATABASE", help="the results file; made from the schema if it is missing")
     add("-p", dest="axes", action="append", default=[], metavar="COLUMN=VALUES",
-        help="values of a parameter: relu,linear or 25..400..25 (first, last, step) or both mixed; may be repeated")
+        help="values of a parameter: relu,linear or 25..400..25 (first, last, step or 1) or both; may be repeated")
     add("--params", metavar="FILE|-", help="JSON objects with parameters (and samples), crossed with any -p")
     add("--where", default="", metavar="SQL", help="only combinations for which this is true")
     add("--order", default="", metavar="SQL", help="which runs come first (default: each combination once, then twice)")
@@ -1112,12 +1132,15 @@ def parser() -> Parser:
         os.cpu_count() or 1, metavar="N", help="how many run at once (default: CPUs)")
     add("--timeout", type=seconds, metavar="SECONDS", help="end a job that takes longer; it has failed")
     add("--retries", type=natural, default=0, metavar="K", help="try a failed run again, up to K times (default: 0)")
-    add("--max-failures", type=positive, metavar="N", help="start nothing more after N failed runs")
+    add("--max-failures", type=positive, metavar="N", help="start nothing more after N failed runs (default: go on)")
+    add("--grace", type=seconds, default=GRACE_S, metavar="SECONDS",
+        help=f"how long running jobs may go on after a signal (default: {GRACE_S:g})")
     add("--logs", metavar="DIR", help="where the logs of failed jobs go (default: DATABASE-sweep)")
-    add("--workdir", metavar="DIR", help="give each job a directory of its own in DIR")
+    add("--workdir", metavar="DIR", help="run each job in a directory of its own in DIR; then give files as full paths")
     add = result.add_mutually_exclusive_group().add_argument
     add("--dry-run", action="store_true", help="print how many runs are wanted, stored and missing, by parameter")
-    add("--list", action="store_true", help="print the missing runs as lines of shell, for other engines")
+    add("--list", action="store_true",
+        help="print the missing runs as lines of shell for other engines, which know nothing of the other flags")
     add = result.add_argument
     add("--call", default="", metavar="MODULE:FUNCTION", help="call a Python function, which returns the result")
     add("--schema", metavar="FILE", help="what defines the columns (default: as dbtool.py)")
@@ -1184,7 +1207,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
         words = [os.path.abspath(words[0]), *words[1:]]
     command = Command(words, options.call, [column.name for axis in axes for column in axis.columns])
     if words or options.call:
-        command.check(schema, axes, name)
+        command.check(schema, axes)
 
     def missing() -> list[Run]:
         found: list[Run] = planned(path, schema, axes, options.samples, options.where,
@@ -1197,6 +1220,8 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     if options.list:
         dbtool.write_out(shell_lines(missing(), command, options))
         return 0
+    if not os.path.isdir(os.path.dirname(path)):
+        raise Failure(f"there is no folder {os.path.dirname(path)}; make it first")
     lock = Lock(path)
     try:
         if dbtool.kept_files(path):
@@ -1225,6 +1250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.database:
             raise Failure("the DATABASE has no name", dbtool.USAGE)
         options.again = shlex.join(["python3", sys.argv[0] if argv is None else "sweep.py", *arguments])
+        if options.params == "-":
+            options.again = f"… | {options.again}"
         where = f"{options.database}: "
         return sweep(options, arguments[split + 1:])
     except BrokenPipeError:

@@ -207,6 +207,18 @@ def test_wrong_usage_of_insert_loses_nothing(tmp_path):
     assert len(kept("results.db")) == 2 and len(list(tmp_path.glob("dbtool-kept-*.json"))) == 1
 
 
+def test_text_before_the_record_brings_a_hint(expect_failure, db_path):
+    assert 'got "epoch 1"; --skip-text passes over lines of text; the input' in expect_failure("insert", db_path, stdin=b"epoch 1")
+
+
+@pytest.mark.parametrize("bad, said", [
+    ('{"epochs": "UNIQUE"}', 'got "UNIQUE"; the input'), ('{"author": "\\ud800"}', "which has half of a surrogate pair; the input"),
+    ('{"a": unterminated }', 'expecting value near "unterminated }"; the input')])
+def test_words_of_the_input_are_not_taken_for_those_of_a_message(expect_failure, db_path, bad, said):
+    record = bad if "unterminated" in bad else json.dumps({**RECORD, **json.loads(bad)})
+    assert said in expect_failure("insert", db_path, stdin=record.encode())
+
+
 # Many writers
 
 

@@ -123,7 +123,7 @@ def test_several_tables_need_a_name(schema_file, expect_success, expect_failure,
     monkeypatch.setenv("DBTOOL_TABLE", "a")
     expect_success("insert", db_path, stdin={"x": "2"})
     assert rows(db_path, "SELECT * FROM a, b") == [["2", "1"]]
-    assert "has tables a, b; name one of them with --table" in expect_failure("insert", db_path, "--table=c", stdin={"x": "1"})
+    assert "has tables a, b, and no c; name one of them" in expect_failure("insert", db_path, "--table=c", stdin={"x": "1"})
 
 
 @pytest.mark.parametrize(("sql", "said"), [

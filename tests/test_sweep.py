@@ -172,8 +172,8 @@ def test_bytes_that_are_no_text_may_stand_in_the_command(swept):
     ("echo hello", "it printed no JSON object"),
     ("true", "it printed no JSON object"),
     ('echo "{\\"loss\\": 1"', "its output: record 1 (line 2): not valid JSON: it ends in the middle"),
-    ('echo "{\\"loss\\": \\"high\\"}"', 'record 1: column loss: expected a number that a 64-bit float holds or null, got "high"'),
-    ('echo "{\\"lost\\": 1}"', 'record 1: "lost" is no column of runs; did you mean "loss"?'),
+    ('echo "{\\"loss\\": \\"high\\"}"', 'column loss: expected a number that a 64-bit float holds or null, got "high"'),
+    ('echo "{\\"lost\\": 1}"', '"lost" is no column of runs; did you mean "loss"?'),
     ('echo "{\\"loss\\": -1}"', "CHECK constraint failed"),
     ('echo "{\\"loss\\": 1, \\"n\\": 9}"', "it was to run with n 1, but its result says 9; is the parameter passed on"),
     ('echo "{\\"loss\\": 1, \\"n\\": null}"', "column n: expected a 64-bit integer, got null"),
@@ -195,6 +195,19 @@ def test_the_log_has_what_the_job_printed(swept):
     [log] = Path("deep/logs").iterdir()
     assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nseconds: \d\.\d{3}\nreason: exit status 1 \(to err\)\n"
                         r"--- standard output\nto out\n--- standard error\nto err\n", log.read_text())
+
+
+def test_a_refused_result_can_be_mended_and_inserted(swept, expect_success):
+    swept("-p", "n=1", *shell('echo "{\\"lost\\": 1}"'), status=1)
+    [log] = Path("r.db-sweep").iterdir()
+    [result] = re.findall("^result: (.*)$", log.read_text(), re.M)
+    expect_success("insert", "r.db", stdin=result.replace("lost", "loss").encode())
+    assert swept("-p", "n=1", "--", *GOOD) == "sweep: r.db: nothing is missing\n"
+
+
+def test_what_a_launcher_adds_is_not_taken_for_the_last_words(swept):
+    said = swept("-p", "n=1", *shell("echo oops >&2; echo 'srun: error: node1: task 0: Exited' >&2; exit 1"), status=1)
+    assert "exit status 1 (oops); see" in said
 
 
 def test_a_failure_of_one_does_not_spoil_the_batch(swept):
@@ -273,11 +286,10 @@ def test_a_job_that_ended_in_time_is_not_late_because_the_sweep_was(swept):
 
 
 @pytest.mark.slow
-def test_a_job_is_told_only_once_to_end(swept, monkeypatch):
-    monkeypatch.setattr("sweep.FINISH_GRACE_S", 0.1)
+def test_a_job_is_told_only_once_to_end(swept):
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
     script = "trap 'echo told >> told' TERM; i=0; while [ $i -lt 15 ]; do sleep 0.1; i=$((i + 1)); done; exit 1"
-    assert "1 ended unfinished" in swept("-p", "n=1", *shell(script), status=75)
+    assert "1 ended unfinished" in swept("-p", "n=1", "--grace", "0.1", *shell(script), status=75)
     assert Path("told").read_text() == "told\n"
 
 

@@ -314,7 +314,7 @@ def test_migrate_everything(expect_success, expect_failure, db_path, tmp_path):
     before = sql(db_path, "SELECT * FROM sqlite_master"), sql(db_path, "SELECT * FROM t")
     for arguments, said, status in [
             ((), "new.sql has no place for column gone; add it there, or drop it for good with: --drop gone", 1),
-            (("--drop", "gone"), "NOT NULL constraint failed: t.n; nothing was changed (--fill COLUMN=VALUE", 1),
+            (("--drop", "gone"), "column n is new, NOT NULL and without a default; say what the old rows get: --fill n=VALUE", 1),
             (("--drop", "gone", "--fill", "n=x"), "column n: expected a 64-bit integer", 1),
             (("--drop", "gone", "--fill", "n=7"), "NOT NULL constraint failed: t.c; nothing was changed (--fill COLUMN=VALUE", 1),
             (("--drop", "a"), "--drop a: is no column that only the file has", 2),
@@ -363,7 +363,7 @@ def test_migrate_that_keeps_no_column_keeps_the_rows(expect_success, db_path, tm
     ("x TEXT", "x INTEGER", ["007"], "do not fit INTEGER without a change"),
     ("x TEXT", "x REAL", ["1e3x"], "do not fit REAL without a change"),
     ("x REAL", "x REAL AS (1.0)", [77.0], "--drop x"),
-    ("x REAL", "X REAL", [1.0], "has no place for column x; add it there"),
+    ("x REAL", "X REAL", [1.0], "x is X in new.sql; for SQLite these are the same"),
 ])
 def test_migrate_changes_no_row_and_no_value(expect_success, expect_failure, db_path, tmp_path, old, new, values, said):
     sql(db_path, f"CREATE TABLE t ({old}, k)")
@@ -414,6 +414,66 @@ def test_migrate_drops_the_index_of_a_dropped_column(expect_success, expect_fail
     assert out.splitlines()[:2] == ["drop column h", "drop index ih"]
 
 
+@pytest.mark.parametrize("old, new, rows, flags, said", [
+    ("t (a)", "t (a TEXT)", [(1,), ("1",)], [], "column a: 1 values do not fit TEXT without a change"),
+    ("t (Epochs, b)", "t (epochs, b)", [(1, 2)], [], "Epochs is epochs in new.sql; for SQLite these are the same"),
+    ("t (a)", "t (a, b INT NOT NULL, c TEXT NOT NULL)", [(1,)], ["--dry-run"],
+     "column b, c is new, NOT NULL and without a default; say what the old rows get: --fill b=VALUE --fill c=VALUE"),
+], ids=["values that become one", "another case", "dry run"])
+def test_migrate_refuses_what_would_lose_something(db_path, expect_failure, tmp_path, old, new, rows, flags, said):
+    sql(db_path, f"CREATE TABLE {old}")
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.executemany(f"INSERT INTO t VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        db.commit()
+    (tmp_path / "new.sql").write_text(f"CREATE TABLE {new};")
+    assert said in expect_failure("migrate", db_path, "--schema", "new.sql", *flags)
+    assert sql(db_path, "SELECT * FROM t") == rows
+
+
+def test_migrate_keeps_the_highest_number_given_out(db_path, expect_success, tmp_path):
+    sql(db_path, "CREATE TABLE t (id INTEGER PRIMARY KEY, b)")
+    sql(db_path, "INSERT INTO t VALUES (2, 0), (9, 0)")
+    for comment in ("", ", c"):
+        (tmp_path / "new.sql").write_text(f"CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT, b{comment});")
+        expect_success("migrate", db_path, "--schema", "new.sql")
+    sql(db_path, "DELETE FROM t WHERE id = 9")
+    expect_success("insert", db_path, "--schema", "new.sql", stdin={"b": 1, "c": 1})
+    assert sql(db_path, "SELECT id FROM t ORDER BY id") == [(2,), (10,)]
+
+
+@pytest.mark.parametrize("old, new, drop, after", [
+    ("t (b)", "t (a TEXT DEFAULT 'x')", "b", [("x",), ("x",)]),
+    ("t (b)", "t (a)", "b", [(None,), (None,)])])
+def test_migrate_may_drop_every_column(db_path, expect_success, tmp_path, old, new, drop, after):
+    sql(db_path, f"CREATE TABLE {old}")
+    sql(db_path, "INSERT INTO t VALUES (1), (2)")
+    (tmp_path / "new.sql").write_text(f"CREATE TABLE {new};")
+    expect_success("migrate", db_path, "--schema", "new.sql", "--drop", drop)
+    assert sql(db_path, "SELECT * FROM t") == after
+
+
+def test_merge_leaves_out_what_the_schema_generates(db_path, expect_success, tmp_path):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (k TEXT PRIMARY KEY, b, c AS (b + 1));")
+    sql("other.db", "CREATE TABLE t (k TEXT PRIMARY KEY, b, c)")
+    sql("other.db", "INSERT INTO t VALUES ('x', 1, 7)")
+    expect_success("merge", db_path, "other.db", "--schema", "s.sql")
+    assert sql(db_path, "SELECT * FROM t") == [("x", 1, 2)]
+
+
+def test_the_copy_that_a_snapshot_to_a_pipe_makes_is_private(tmp_path, monkeypatch):
+    sql("r.db", "CREATE TABLE results (a)")
+    sql("r.db", "INSERT INTO results SELECT randomblob(3000000)")
+    os.chmod("r.db", 0o644)
+    (tmp_path / "tmp").mkdir()
+    with subprocess.Popen([sys.executable, DBTOOL, "snapshot", "r.db", "-"], stdout=subprocess.PIPE,
+                          env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}) as child:
+        child.stdout.read(100_000)
+        [copy] = (tmp_path / "tmp").iterdir()
+        assert copy.stat().st_mode & 0o777 == 0o600
+        child.stdout.read()
+    assert child.returncode == 0
+
+
 @pytest.mark.slow
 def test_merge_waits_for_a_locked_source(db_path, tmp_path):
     for name in ("results.db", "a.db"):
@@ -432,7 +492,7 @@ def test_merge_refuses_rows_without_a_key(expect_failure, db_path, tmp_path):
     sql("null.db", "CREATE TABLE t (k TEXT PRIMARY KEY, x)")
     sql("null.db", "INSERT INTO t VALUES (NULL, 1)")
     sql("nokey.db", "CREATE TABLE t (x)")
-    for name, said in (("null.db", 'has rows without the key "k"'), ("nokey.db", "no such column: t.k")):
+    for name, said in (("null.db", 'has rows without the key "k"'), ("nokey.db", "has no column k, by which rows are told apart")):
         assert said in expect_failure("merge", db_path, name, "--schema", "s.sql")
     assert not db_path.exists()
 

@@ -13,6 +13,7 @@
 
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit
+[ -e job.sh ] || { echo "bench-mlp: submit it from its own folder" >&2; exit 1; }
 sweep=
 time_is_up=
 trap 'time_is_up=yes; [ -z "$sweep" ] || kill -USR1 "$sweep"' USR1
@@ -28,7 +29,7 @@ python3 ../../sweep.py results.db \
     -p layers=5,10 -p activation=tanh,relu -p epochs=1,2 \
     -p training_window_length=60..100..20 -p sample_window_length=5,10 \
     --where "sample_window_length < training_window_length" \
-    --samples 2 --jobs "$SLURM_NTASKS" --retries 2 \
+    --samples 2 --jobs "$SLURM_NTASKS" --retries 2 --grace 90 \
     -- srun -Q -N1 -n1 -c"${SLURM_CPUS_PER_TASK:-1}" --exact ./job.sh \
     --author "${USER:-$(id -un)}" --seed "{sample}" &
 sweep=$!
