@@ -945,6 +945,8 @@ class Input:
 
     def arriving(self) -> Iterator[bytes]:
         """Yield what comes in, each piece once it is held; a signal ends the wait but loses nothing."""
+        if self.ended:
+            return
         import select
 
         while not self.ended:
