@@ -191,7 +191,7 @@ class Plan:
         self.sample = "#sample" if "sample" in map(str.lower, self.names) else "sample"
         db.set_progress_handler(dbtool.SIGNALS.pending, dbtool.STEPS_BETWEEN_CHECKS)
         if sys.version_info >= (3, 12):  # else a misspelt name in double quotes is a string
-            db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)
+            db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)  # novm
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)

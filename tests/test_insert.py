@@ -273,6 +273,7 @@ def test_a_slow_producer_does_not_hold_the_lock(rows, db_path):
     assert rows(db_path, "SELECT count(*) FROM results") == [["3"]]
 
 
+@pytest.mark.slow
 def test_readers_while_writers_write(rows, db_path, expect_success):
     expect_success("insert", db_path, stdin=RECORD)
     done = []

@@ -239,6 +239,7 @@ def test_a_full_disk(mount, tmp_path, exists):
     assert spare(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_in_the_middle_of_much_input(mount, tmp_path):
     """The copy begins beside the database, does not fit, and moves."""
     data = b"\n".join([GOOD] * 40_000)
@@ -534,6 +535,7 @@ def test_retry_killed_at_any_step_stores_once(db_path, call, when):
     check_retry(db_path, 3)
 
 
+@pytest.mark.slow
 def test_retries_at_once_store_once(db_path):
     for _ in range(20):
         process("insert", db_path, "--schema", "none.sql", stdin=GOOD)

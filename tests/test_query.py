@@ -210,6 +210,7 @@ def test_output_does_not_destroy_a_database(expect_failure, filled, tmp_path, na
     assert snapshot_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_signal_while_reading_the_sql(filled):
     with subprocess.Popen([sys.executable, DBTOOL, "query", filled, "-"], stdin=subprocess.PIPE,
                           stderr=subprocess.PIPE) as child:
@@ -243,6 +244,7 @@ def test_a_signal_stops_an_endless_query(filled, tmp_path, sql, number):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.db"]
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_reader_of_the_pipe_is_slow(filled):
     with subprocess.Popen([sys.executable, DBTOOL, "query", filled, ENDLESS + "i FROM n"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as child:

@@ -343,6 +343,7 @@ def test_after_the_grace_period_jobs_are_told_to_end_and_then_killed():
     assert processes(LONG) == []
 
 
+@pytest.mark.slow
 def test_a_signal_when_all_is_done_is_no_failure(swept):
     running = start("-p", "n=1", "--jobs", "1", *shell('touch begun; sleep 0.7; echo "{\\"loss\\": 1}"'))
     wait_for(lambda: os.path.exists("begun"))
@@ -373,7 +374,7 @@ def test_kill_9_leaves_no_orphan_and_the_next_sweep_completes(swept):
 
 
 def test_a_second_sweep_on_the_same_file_is_told_who_is_at_work(call_sweep):
-    running = start("-p", "n=1", *shell('sleep 1; echo "{\\"loss\\": 1}"'))
+    running = start("-p", "n=1", *shell('sleep 0.6; echo "{\\"loss\\": 1}"'))
     wait_for(lambda: os.path.exists("r.db-sweep.lock") and Path("r.db-sweep.lock").read_text())
     result = call_sweep("./r.db", "-p", "n=2", "--", *GOOD)
     assert (result.status, result.out) == (75, "")
@@ -616,6 +617,7 @@ def test_a_terminal_shows_one_line_in_place():
     assert all(re.fullmatch(r"\d of 8 done, [012] running, 0 failed, .*", line) and len(line) == 39 for line in lines), lines
 
 
+@pytest.mark.slow
 def test_elsewhere_it_is_a_line_a_minute(swept, monkeypatch):
     monkeypatch.setattr("sweep.LINE_EVERY_S", 0.5)
     said = swept("-p", "n=1..4", "--jobs", "2", *shell('sleep 0.3; echo "{\\"loss\\": 1}"'))
