@@ -133,7 +133,8 @@ def expanded(values: str) -> Iterator[str]:
             continue
         start, end, step = (*numbers, decimal.Decimal(1))[:3]
         try:
-            steps = (end - start) / step
+            # No column holds numbers beyond 1e308, and PyPy's decimal fails on much larger ones.
+            steps = (end - start) / step if end.adjusted() < 400 else decimal.Decimal(MOST)
         except decimal.DecimalException:
             steps = decimal.Decimal(-1)
         if len(numbers) == 2 and steps != int(steps):
