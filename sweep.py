@@ -97,6 +97,10 @@ class Run(NamedTuple):
         return shlex.join([*pairs, f"sample={self.sample}"])
 
 
+def names_of(axes: Sequence[Axis]) -> list[str]:
+    return [column.name for axis in axes for column in axis.columns]
+
+
 def axis_of_flag(schema: Schema, flag: str) -> Axis:
     """Return the axis that `-p COLUMN=VALUES` says."""
     name, equals, values = flag.partition("=")
@@ -179,6 +183,11 @@ def typed(column: Column, value: Any) -> Any:
     return None if stored != stored else stored
 
 
+# Of a plan: how many runs are wanted, stored and missing.
+SUMS = """coalesce(sum("#samples"), 0), coalesce(sum(min(coalesce("#rows", 0), "#samples")), 0),
+    coalesce(sum(max("#samples" - coalesce("#rows", 0), 0)), 0) FROM plan.wanted LEFT JOIN plan.stored USING ("#id")"""
+
+
 class Plan:
     """The wanted combinations and how many rows each has, as tables beside those of the results file.
 
@@ -187,8 +196,7 @@ class Plan:
 
     def __init__(self, db: sqlite3.Connection, schema: Schema, axes: Sequence[Axis], samples: int, where: str) -> None:
         self.db = db
-        self.columns = [column for axis in axes for column in axis.columns]
-        self.names = tuple(column.name for column in self.columns)
+        self.names = tuple(names_of(axes))
         self.sample = "#sample" if "sample" in map(str.lower, self.names) else "sample"
         db.set_progress_handler(dbtool.SIGNALS.pending, dbtool.STEPS_BETWEEN_CHECKS)
         if sys.version_info >= (3, 12):  # else a misspelt name in double quotes is a string
@@ -243,7 +251,7 @@ class Plan:
 
     def missing(self, order: str) -> list[Run]:
         """Return the runs whose rows are missing; by default every combination once before any twice."""
-        left = self.counts()[0][-1]
+        ((*_, left),) = self.db.execute(f"SELECT {SUMS}")
         if left > MOST:
             raise Failure(f"{left:,} runs are missing; at most {MOST:,} make a sweep")
         combinations = self.db.execute("""SELECT coalesce("#rows", 0), "#numbers", wanted.*
@@ -265,12 +273,9 @@ class Plan:
 
     def counts(self) -> list[tuple[Any, ...]]:
         """Return (parameter, value, wanted, stored, missing) for all runs together, and for each value."""
-        sums = """coalesce(sum("#samples"), 0), coalesce(sum(min(coalesce("#rows", 0), "#samples")), 0),
-            coalesce(sum(max("#samples" - coalesce("#rows", 0), 0)), 0)
-            FROM plan.wanted LEFT JOIN plan.stored USING ("#id")"""
-        found = self.db.execute(f"SELECT 'all', NULL, {sums}").fetchall()
+        found = self.db.execute(f"SELECT 'all', NULL, {SUMS}").fetchall()
         for name in self.names:
-            found += self.db.execute(f'SELECT ?, {quote(name)}, {sums} GROUP BY 2 ORDER BY 2', [name]).fetchall()
+            found += self.db.execute(f'SELECT ?, {quote(name)}, {SUMS} GROUP BY 2 ORDER BY 2', [name]).fetchall()
         return found
 
 
@@ -316,7 +321,8 @@ class Command:
 
     def __init__(self, words: Sequence[str], call: str, names: Sequence[str]) -> None:
         self.words, self.call, self.names = list(words), call, names
-        self.placed = {name for word in words for name in PLACEHOLDER.findall(word)}
+        self.braced = {name for word in words for name in PLACEHOLDER.findall(word)}
+        self.placed = self.braced & set(names)  # the parameters that have a place; without any, all are appended
 
     def check(self, schema: Schema, axes: Sequence[Axis]) -> None:
         """Raise Failure if no run could succeed, or a parameter would reach none."""
@@ -331,14 +337,14 @@ class Command:
             return
         if not PLACEHOLDER.search(self.words[0]) and not shutil.which(self.words[0]):
             raise Failure(f"{self.words[0]}: there is no such program", dbtool.USAGE)
-        for name in sorted(self.placed - {*self.names, "sample"}):
+        for name in sorted(self.braced - {*self.names, "sample"}):
             if name in schema.by_name:
                 raise Failure(f"COMMAND has {{{name}}}, but no -p or --params gives {name}", dbtool.USAGE)
             meant = dbtool.nearest(name, [*self.names, "sample"])
             if meant and len(name) > 3:  # other words in braces are the job's own affair
                 raise Failure(f"COMMAND has {{{name}}}, which is no parameter{meant}", dbtool.USAGE)
-        for axis in axes if self.placed & set(self.names) else ():
-            names = [column.name for column in axis.columns]
+        for axis in axes if self.placed else ():
+            names = names_of([axis])
             if len(axis.rows) > 1 and not self.placed & set(names):
                 raise Failure(f"{', '.join(names)} varies, but COMMAND has no {{{names[0]}}}, so that no job would know"
                               " it", dbtool.USAGE)
@@ -354,7 +360,7 @@ class Command:
             return as_word(values[match[1]]) if match[1] in values else match[0]
 
         words = [PLACEHOLDER.sub(value, word) for word in self.words]
-        if not self.placed & set(self.names):
+        if not self.placed:
             for name, given in run.parameters.items():
                 words += [] if given is None else [f"--{name}", as_word(given)]
         return words
@@ -514,7 +520,12 @@ class Job:
             for _ in dbtool.Rows(schema, self.records, "fail").pairs:
                 pass
         except Misfit as misfit:
-            raise Failure(str(misfit).replace("record 1: ", "", len(found) == 1)) from None
+            raise Failure(self.why_refused(misfit)) from None
+
+    def why_refused(self, misfit: Misfit) -> str:
+        """Return what insert says of a record, without what only makes sense there."""
+        why = str(misfit).partition(" (--on-conflict")[0]
+        return why.replace("record 1: ", "", 1) if len(self.records) == 1 else why
 
     def complete(self, record: dict[str, Any], schema: Schema) -> dict[str, Any]:
         """Fill in what the job left out; raise Failure if it says that it ran with other parameters."""
@@ -565,7 +576,7 @@ class Pool:
         """Wait until something happens; yield the jobs that have ended."""
         for key, _ in self.selector.select(seconds):
             if key.fd == self.woken:
-                os.read(self.woken, 1 << 16)
+                os.read(self.woken, PIPE_BYTES)
             elif not key.data.read(key.fd):
                 self.selector.unregister(key.fd)
         while self.running:
@@ -894,7 +905,7 @@ class Sweep:
                 self.collect(job)
             while self.writer.outcomes:
                 self.written(*self.writer.outcomes.popleft())
-            self.progress.show()
+            self.progress.update()
 
     def fill(self) -> None:
         while self.waiting and not self.stop_reason and len(self.pool.running) < self.options.jobs:
@@ -930,7 +941,7 @@ class Sweep:
                 os.unlink(self.log_path(job.run))  # of an earlier failure
             job.close()
         elif isinstance(refusal, Misfit):
-            self.failed(job, str(refusal).replace("record 1: ", "").partition(" (--on-conflict")[0])
+            self.failed(job, job.why_refused(refusal))
         else:
             job.close()
             self.stop(str(refusal))
@@ -1037,18 +1048,17 @@ def limit_descriptors(jobs: int) -> None:
 # ---------------------------------------------------------------------------------------------- report
 
 
-class Progress:
+class Progress(dbtool.Progress):
     """One line with what is done: in place on a terminal, otherwise once a minute."""
 
     def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
         self.sweep = sweep
-        self.is_terminal = bool(sys.stderr and sys.stderr.isatty())
-        self.start = time.monotonic()
-        self.next = self.start + (1.0 if self.is_terminal else LINE_EVERY_S)
+        self.is_terminal = self.next < math.inf
+        self.next = min(self.next, self.start + LINE_EVERY_S)
         self.trouble = ""
-        self.shown = False
 
-    def show(self) -> None:
+    def update(self) -> None:
         trouble = self.sweep.writer.trouble
         if trouble and trouble.status == dbtool.TRY_AGAIN and not self.trouble:
             self.say(f"{self.sweep.name}: {trouble}; results wait in memory until it can be written")
@@ -1075,11 +1085,6 @@ class Progress:
     def say(self, message: str) -> None:
         self.clear()
         say(message)
-
-    def clear(self) -> None:
-        if self.shown:
-            dbtool.complain("\r\x1b[K")
-            self.shown = False
 
 
 def clock(seconds: float) -> str:
@@ -1182,14 +1187,13 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
             if options.params == "-" and not sys.stdin:
                 raise Failure("--params -: standard input is closed")
             file = sys.stdin.buffer if options.params == "-" else stack.enter_context(open(options.params, "rb"))
-            chunks = iter(lambda: file.read(dbtool.CHUNK_BYTES), b"")
             try:
-                axes.append(axis_of_records(schema, dbtool.records(chunks), options.samples))
+                axes.append(axis_of_records(schema, dbtool.records(dbtool.pieces(file)), options.samples))
             except Failure as failure:
                 text = str(failure)
                 raise Failure(text if text.startswith("--params") else f"--params {options.params}: {text}",
                               failure.status) from None
-    names = [column.name for axis in axes for column in axis.columns]
+    names = names_of(axes)
     for name in names:
         if names.count(name) > 1:
             raise Failure(f"column {name} is given twice", dbtool.USAGE)
@@ -1206,7 +1210,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
         axes = chosen_axes(options, schema)
     if options.workdir and words and "/" in words[0]:
         words = [os.path.abspath(words[0]), *words[1:]]
-    command = Command(words, options.call, [column.name for axis in axes for column in axis.columns])
+    command = Command(words, options.call, names_of(axes))
     if words or options.call:
         command.check(schema, axes)
 
