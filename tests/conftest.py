@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,27 @@ def process(*arguments, stdin=b"", **options):
 def kept(path) -> list[Path]:
     """Return the files that insert kept beside the results file at *path*."""
     return sorted(Path(f"{path}-kept").glob("*.json"))
+
+
+def wait_for(condition, seconds=20.0, pause=0.02) -> None:
+    """Wait until *condition()* is true; fail after so many *seconds*."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(pause)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A disk of so many megabytes, mounted at a new folder in *folder*."""
+    need(os.geteuid() == 0, "root, to mount a full disk")
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 PEAK = """import resource, subprocess, sys

@@ -7,11 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, need, need_program
+from conftest import ROOT, need, need_program, wait_for
 
 import dbtool
 
@@ -98,10 +97,7 @@ class Cluster:
 
     @staticmethod
     def wait_for(condition, seconds=60.0):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "it did not happen"
-            time.sleep(0.2)
+        wait_for(condition, seconds, pause=0.2)
 
     def stop(self):
         for job in self.jobs():

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SWEEP, as_nobody, kept, need, need_program
+from conftest import SWEEP, as_nobody, kept, need_program, small_disk, wait_for
 
 import dbtool
 import sweep
@@ -71,13 +71,6 @@ def stored(path="r.db"):
 
 def logs():
     return {path.name.partition("_sample")[0]: path.read_text() for path in Path("r.db-sweep").glob("*.log")}
-
-
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def processes(mark):
@@ -413,18 +406,12 @@ def test_an_error_in_the_program_keeps_what_had_finished(swept, monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_full_folder_for_temporary_files_cannot_hold_stays_in_memory(tmp_path):
-    need(os.geteuid() == 0, "root, to mount a full disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=True)
-    try:
+    with small_disk(tmp_path, 5) as disk:
         script = 'head -c 6500000 /dev/zero | tr "\\0" "\\n"; echo "{\\"loss\\": 1}"'
         running = start("-p", "n=1..3", "--jobs", "3", *shell(script), env={**os.environ, "TMPDIR": str(disk)})
         _, said = running.communicate(timeout=60)
         assert running.returncode == 0 and stored() == [1, 2, 3], said
         assert os.listdir(disk) == []
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_lock_file_that_a_dead_sweep_left_does_not_matter(swept):
@@ -483,11 +470,7 @@ def test_a_results_file_that_breaks_stops_the_sweep_and_the_results_are_kept():
 
 @pytest.mark.slow
 def test_the_disk_is_full_for_a_while(tmp_path):
-    need(os.geteuid() == 0, "root, to mount a full disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
-    try:
+    with small_disk(tmp_path, 1) as disk:
         (disk / "r.db").symlink_to(disk / "real.db")
         subprocess.run([sys.executable, SWEEP, disk / "real.db", "-p", "n=0", "--", *GOOD], check=True,
                        stderr=subprocess.DEVNULL)
@@ -504,8 +487,6 @@ def test_the_disk_is_full_for_a_while(tmp_path):
         _, said = running.communicate(timeout=30)
         assert running.returncode == 0, said
         assert stored(disk / "real.db") == list(range(21))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.slow
