@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import DBTOOL, RECORD, kept, process
+from conftest import DBTOOL, RECORD, ROOT, kept, process
 
 
 def test_insert_stores_a_row_and_says_nothing(expect_success, rows, db_path):
@@ -242,6 +243,19 @@ def test_many_processes_at_once(rows, db_path, expect_success, count, exists):
     assert rows(db_path, "SELECT count(*) FROM results") == [[str(count + exists)]]
     assert rows(db_path, "PRAGMA integrity_check") == [["ok"]]
     assert [path.name for path in db_path.parent.iterdir()] == ["results.db"]
+
+
+def test_as_a_module_it_is_compiled_once(rows, db_path, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    copies = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "dbtool", "insert", "results.db"], input=json.dumps(RECORD).encode(),
+                              capture_output=True, env=environment, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        copies.append([(path, path.stat().st_ino) for path in (tmp_path / "compiled").rglob("dbtool*.pyc")])
+    assert len(copies[0]) == 1 and copies[0] == copies[1]
+    assert rows(db_path, "SELECT count(*) FROM results") == [["2"]]
 
 
 @pytest.mark.slow

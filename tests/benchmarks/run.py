@@ -36,6 +36,7 @@ import dbtool  # noqa: E402
 
 PYTHON = getattr(sys, "_base_executable", sys.executable)  # a venv's Python starts more slowly
 DBTOOL, SWEEP = [PYTHON, str(ROOT / "dbtool.py")], [PYTHON, str(ROOT / "sweep.py")]
+MODULE = [PYTHON, "-m", "dbtool"]  # run from ROOT, where Python finds it
 PEERS = HERE / ".venv"
 PACKAGES = ["sqlite-utils", "pandas", "duckdb", "matplotlib"]
 RECORD = {"author": "Philip", "algorithm": "window_mlp", "activation": "relu-linear-relu", "dataset": "no_data",
@@ -182,8 +183,12 @@ class Benchmarks:
         def ours() -> float:
             return run([*DBTOOL, "insert", ours_db], self.record)
 
-        self.compare(what, "a minimal script", self.many, ours,
-                     lambda: run([PYTHON, "-c", ONE_INSERT, their_db], self.record), at_most=1.25)
+        def minimal() -> float:
+            return run([PYTHON, "-c", ONE_INSERT, their_db], self.record)
+
+        self.compare(what, "a minimal script", self.many, ours, minimal, at_most=1.25)
+        self.compare(f"{what}, by `python3 -m dbtool`", "a minimal script", self.many,
+                     lambda: run([*MODULE, "insert", ours_db], self.record), minimal, at_most=1.25)
         if shutil.which("sqlite3"):
             values = ", ".join(f"json_extract(j, '$.{name}')" for name in RECORD)
             sql = f"INSERT INTO results ({', '.join(RECORD)}) SELECT {values} FROM (SELECT readfile('{self.record}') AS j)"
@@ -307,13 +312,14 @@ class Benchmarks:
         """Return, for each script, what a start costs: compiling, and the modules that its commands import."""
         lines = []
         for name, words in [("dbtool.py insert", [*DBTOOL, "insert", self.filled("a.db", 1)]),
+                            ("-m dbtool insert", [*MODULE, "insert", self.filled("b.db", 1)]),
                             ("dbtool.py query", [*DBTOOL, "query", self.full, "SELECT 1"]),
                             ("sweep.py --dry-run", [*SWEEP, self.full, "-p", "epochs=1", "--dry-run"])]:
-            script = words[1]
             code = ("import sys, time; text = open(sys.argv[1]).read(); start = time.perf_counter();"
                     "compile(text, 'x', 'exec'); print(time.perf_counter() - start)")
-            compiling = statistics.median(float(subprocess.run([PYTHON, "-S", "-c", code, script], capture_output=True,
-                                                               check=True).stdout) for _ in range(self.many))
+            compiling = statistics.median(
+                float(subprocess.run([PYTHON, "-S", "-c", code, words[1]], capture_output=True, check=True).stdout)
+                for _ in range(self.many)) if words[1] != "-m" else 0
             with open(self.record) as source:
                 said = subprocess.run([PYTHON, "-X", "importtime", *words[1:]], stdin=source, capture_output=True,
                                       text=True, check=True).stderr
@@ -412,7 +418,9 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", action="append", help="one of the measurements; may be repeated")
     options = parser.parse_args()
     install_peers()
-    os.environ.pop("PYTHONUNBUFFERED", None)
+    for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):  # as on a user's machine
+        os.environ.pop(name, None)
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         bench = Benchmarks(Path(folder), options.quick)
         for measure in (bench.one_insert, bench.json_lines, bench.to_csv, bench.many_writers, bench.into_many_rows,
