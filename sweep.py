@@ -772,13 +772,13 @@ class Writer:
                     return
                 self.outcomes.append((batch[0], refusal))
                 return
-            except (Failure, sqlite3.Error, OSError) as error:
-                self.trouble = dbtool.as_failure(error, self.path)
-                claim = self.trouble.claim or claim
+            except Failure as trouble:
+                self.trouble = trouble
+                claim = trouble.claim or claim
                 self.wake()
-                if self.trouble.status != dbtool.TRY_AGAIN or self.give_up.wait(STORE_TRY_S):
-                    self.keep(records, claim, self.trouble)
-                    self.outcomes += [(job, self.trouble) for job in batch]
+                if trouble.status != dbtool.TRY_AGAIN or self.give_up.wait(STORE_TRY_S):
+                    self.keep(records, claim, trouble)
+                    self.outcomes += [(job, trouble) for job in batch]
                     return
             else:
                 self.trouble = None
