@@ -449,6 +449,92 @@ TAIL = 16  # an error this close to the end of the text may only mean that more 
 TOP, FIRST, NEXT, ELEMENT = "{[", "{]", ",]", "{"
 
 
+class Text:
+    """JSON text that comes in pieces: what is unread of it, and where that stands in the whole."""
+
+    def __init__(self, chunks: Iterable[bytes], skip_text: bool) -> None:
+        self.incoming, self.decoder = iter(chunks), codecs.getincrementaldecoder("utf-8")()
+        self.skip_text = skip_text
+        self.text, self.position, self.line, self.count = "", 0, 1, 0
+        self.broken, self.ended, self.starts_line = "", False, True
+
+    def more(self) -> bool:
+        """Add as much text as is unread, so that a long record is scanned only a few times; False if it has ended."""
+        if self.ended:
+            return False
+        start = self.text.rfind("\n", 0, self.position) + 1 if self.starts_line else self.position  # with its indent
+        self.line += self.text.count("\n", 0, start)
+        parts = [self.text[start:]]
+        wanted = len(parts[0])
+        while wanted >= 0 and not self.ended:
+            chunk = next(self.incoming, None)
+            self.ended = chunk is None
+            try:
+                parts.append(self.decoder.decode(chunk or b"", self.ended))
+            except UnicodeDecodeError as error:
+                parts.append(error.object[:error.start].decode())
+                self.broken, self.ended = f"byte 0x{error.object[error.start]:02x} is not UTF-8", True
+            wanted -= len(parts[-1])
+        self.text, self.position = "".join(parts), self.position - start
+        if self.skip_text:
+            self.text = self.text.replace("\r\n", "\n").replace("\r", "\n")
+        return True
+
+    def next(self) -> str:
+        """Go on to the next character that is no white space; return it, or nothing at the end."""
+        while True:
+            while self.position < len(self.text):
+                char = self.text[self.position]
+                if char not in WHITESPACE:
+                    return char
+                self.starts_line = self.starts_line or char == "\n"
+                self.position += 1
+            if not self.more():
+                return ""
+
+    def record(self) -> dict[str, Any]:
+        """Read the object that begins here."""
+        record: dict[str, Any]
+        while True:
+            try:
+                record, self.position = SCAN(self.text, self.position)
+                self.count += 1
+                return record
+            except SystemError:  # before Python 3.12, the C half raises no error until this is imported
+                __import__("json.decoder")
+            except (ValueError, StopIteration, RecursionError) as error:
+                self.extend(*what_is_wrong(error, self.text, self.position))
+
+    def extend(self, why: str, at: int) -> None:
+        """Read on, if the object may just not have ended yet; otherwise raise *why* it does not parse *at* a place."""
+        is_endless = why.startswith("unterminated string")
+        is_near_end = is_endless or at >= len(self.text) - TAIL
+        if is_near_end and self.more():
+            return
+        if is_near_end and self.broken:
+            raise self.malformed(self.broken, len(self.text)) from None
+        if is_endless or at >= len(self.text.rstrip()):
+            why = "it ends in the middle; was the program before the pipe cut off?"
+        raise self.malformed(f"not valid JSON: {why}", at) from None
+
+    def rest_of_line(self) -> str:
+        while (end := self.text.find("\n", self.position)) < 0 and self.more():
+            pass
+        start = self.text.rfind("\n", 0, self.position) + 1
+        self.position = len(self.text) if end < 0 else end
+        return self.text[start:self.position] + "\n"
+
+    def unexpected(self, char: str) -> Failure:
+        if char == "\ufeff" and not self.count:
+            return self.malformed("begins with a byte order mark; write UTF-8 without one")
+        hint = "; --skip-text passes over lines of text" if char.isalpha() and not self.skip_text else ""
+        return self.malformed(f"expected a JSON object, got {shown(self.text[self.position:self.position + 20])}{hint}")
+
+    def malformed(self, why: str, at: int | None = None) -> Failure:
+        line = self.line + self.text.count("\n", 0, self.position if at is None else at)
+        return Failure(f"record {self.count + 1} (line {line}): {why}")
+
+
 def records(chunks: Iterable[bytes], skip_text: bool = False,
             echo: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects in *chunks* of UTF-8: one, many one after another, or an array.
@@ -456,91 +542,30 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
     Memory is bounded by the longest record. With *skip_text*, lines that do not begin like an object
     go to *echo*. Raises Failure, which names the record's number and line.
     """
-    incoming, decoder = iter(chunks), codecs.getincrementaldecoder("utf-8")()
-    text, position, line, count = "", 0, 1, 0
-    allowed, broken, ended = TOP, "", False
-    is_empty = starts_line = True
-    skipped = False
-
-    def more() -> bool:
-        """Add as much text as is unread, so that a long record is scanned only a few times; False if it has ended."""
-        nonlocal text, position, line, ended, broken
-        if ended:
-            return False
-        line += text.count("\n", 0, position)
-        parts = [text[position:]]
-        wanted = len(parts[0])
-        while wanted >= 0 and not ended:
-            chunk = next(incoming, None)
-            ended = chunk is None
-            try:
-                parts.append(decoder.decode(chunk or b"", ended))
-            except UnicodeDecodeError as error:
-                parts.append(error.object[:error.start].decode())
-                broken, ended = f"byte 0x{error.object[error.start]:02x} is not UTF-8", True
-            wanted -= len(parts[-1])
-        text, position = "".join(parts), 0
-        if skip_text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        return True
-
-    def malformed(why: str, at: int) -> Failure:
-        return Failure(f"record {count + 1} (line {line + text.count(chr(10), 0, at)}): {why}")
-
-    while True:
-        while position < len(text) and text[position] in WHITESPACE:
-            starts_line = starts_line or text[position] == "\n"
-            position += 1
-        if position == len(text):
-            if more():
-                continue
-            break
-        char = text[position]
-        if char == "{" and char in allowed:
-            try:
-                record, position = SCAN(text, position)
-            except SystemError:  # before Python 3.12, the C half raises no error until this is imported
-                __import__("json.decoder")
-                continue
-            except (ValueError, StopIteration, RecursionError) as error:
-                why, at = what_is_wrong(error, text, position)
-                is_endless = why.startswith("unterminated string")
-                is_near_end = is_endless or at >= len(text) - TAIL
-                if is_near_end and more():
-                    continue
-                if is_near_end and broken:
-                    raise malformed(broken, len(text)) from None
-                if is_endless or at >= len(text.rstrip()):
-                    why = "it ends in the middle; was the program before the pipe cut off?"
-                raise malformed(f"not valid JSON: {why}", at) from None
-            count += 1
-            yield record
-            allowed = TOP if allowed is TOP else NEXT
-            is_empty = starts_line = False
-        elif skip_text and starts_line and char != "\ufeff":
-            end = text.find("\n", position)
-            if end < 0 and more():
-                continue
-            end = len(text) if end < 0 else end
+    text = Text(chunks, skip_text)
+    allowed, is_empty, skipped = TOP, True, False
+    while char := text.next():
+        if skip_text and text.starts_line and char not in "{\ufeff":
+            line, skipped = text.rest_of_line(), True
             if echo:
-                echo(text[text.rfind("\n", 0, position) + 1:end] + "\n")
-            position, skipped = end, True
-        elif char in allowed:
-            allowed = {"[": FIRST, ",": ELEMENT, "]": TOP}[char]
-            is_empty = starts_line = False
-            position += 1
-        elif char == "\ufeff" and not count:
-            raise malformed("begins with a byte order mark; write UTF-8 without one", position)
+                echo(line)
+            continue
+        if char not in allowed:
+            raise text.unexpected(char)
+        if char == "{":
+            yield text.record()
+            allowed = TOP if allowed is TOP else NEXT
         else:
-            hint = "; --skip-text passes over lines of text" if char.isalpha() and not skip_text else ""
-            raise malformed(f"expected a JSON object, got {shown(text[position:position + 20])}{hint}", position)
-    if broken:
-        raise malformed(broken, position)
+            text.position += 1
+            allowed = {"[": FIRST, ",": ELEMENT, "]": TOP}[char]
+        is_empty = text.starts_line = False
+    if text.broken:
+        raise text.malformed(text.broken)
     if is_empty:
         raise Failure("no JSON object on standard input, only text" if skipped else
                       "no JSON on standard input: did the program before the pipe fail?")
     if allowed is not TOP:
-        raise malformed("not valid JSON: the array does not end; was the program before the pipe cut off?", position)
+        raise text.malformed("not valid JSON: the array does not end; was the program before the pipe cut off?")
 
 
 def what_is_wrong(error: Any, text: str, position: int) -> tuple[str, int]:

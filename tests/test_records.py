@@ -89,13 +89,13 @@ def test_skip_text(size):
     shown = []
     assert parse(data, size, skip_text=True, echo=shown.append) == [{"a": n} for n in (1, 2, 3, 4)]
     assert "".join(shown).split("\n") == [
-        "loading", "  50% [====>   ]" if size is None else shown[1][:-1], "[INFO] epoch 1", "loss: 0.5", "50%", "100%",
-        "end", ""]
+        "loading", "  50% [====>   ]", "[INFO] epoch 1", "loss: 0.5", "50%", "100%", "end", ""]
 
 
 @pytest.mark.parametrize(("data", "said"), [
     (b"{'loss': 0.5}\n", "record 1 (line 1): not valid JSON"),
     (b'{"a": 1} and more\n', "record 2 (line 1): expected a JSON object"),
+    (b'{"a": 1} [{"a": 2}\n{"a": 3}]\n', "record 3 (line 2): expected a JSON object"),
     (b"only text\n", "no JSON object on standard input"),
     (b"", "no JSON on standard input"),
 ])
