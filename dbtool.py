@@ -352,7 +352,7 @@ FITS: dict[str, dict[type, Converter]] = {
 # NaN is how Python prints a run that diverged; SQLite has NULL for it, and makes that of it by itself.
 FITS_NULLABLE: dict[Converter, Converter] = {no_nan: None, whole: whole_or_nan}
 WANTED = {"INTEGER": "a 64-bit integer", "REAL": "a number that a 64-bit float holds", "TEXT": "a string",
-          "NUMERIC": "a number or a string", "BLOB": "a number or a string"}
+          "NUMERIC": "a number, text, an object or an array", "BLOB": "a number, text, an object or an array"}
 
 
 def converter(column: Column, kind: type) -> Converter:
@@ -379,7 +379,8 @@ def fit(column: Column, value: Any) -> Any:
         return stored
     except (ValueError, OverflowError, RecursionError) as error:
         wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
-        why = ", which has half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else ""
+        why = (", which has half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else
+               ", which SQLite makes NULL" if value != value else "")
         raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}{why}") from None
 
 
@@ -389,10 +390,16 @@ def fit_text(column: Column, text: str) -> Any:
 
     if column.affinity == "TEXT":
         return fit(column, text)
-    try:
-        value = json.loads(text, parse_float=finite)
-    except (ValueError, RecursionError):
-        value = text
+    readers: list[Callable[[str], Any]] = [lambda text: json.loads(text, parse_float=finite)]
+    if not text.strip("0123456789+-.eE"):
+        readers += [int, finite]  # .5, 1. and +1 are no JSON
+    value: Any = text
+    for read in readers:
+        try:
+            value = read(text)
+            break
+        except (ValueError, RecursionError):
+            pass
     return fit(column, value if isinstance(value, (int, float)) else text)
 
 
@@ -527,7 +534,7 @@ class Text:
     def unexpected(self, char: str) -> Failure:
         if char == "\ufeff" and not self.count:
             return self.malformed("begins with a byte order mark; write UTF-8 without one")
-        hint = "; --skip-text passes over lines of text" if char.isalpha() and not self.skip_text else ""
+        hint = "; insert --skip-text passes over lines of text" if char.isalpha() and not self.skip_text else ""
         return self.malformed(f"expected a JSON object, got {shown(self.text[self.position:self.position + 20])}{hint}")
 
     def malformed(self, why: str, at: int | None = None) -> Failure:
@@ -639,6 +646,7 @@ def patiently(action: Callable[..., Result], deadline: float, *arguments: Any) -
             left = deadline - time.monotonic()
             if not is_busy(error) or left <= 0:
                 raise
+        PROGRESS.show("waiting for the lock")
         with SIGNALS:
             time.sleep(min(nap, left))
         nap = min(2 * nap, LOCK_NAP_S)
@@ -740,11 +748,12 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
     lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
-        raise Failure(f"has no column {lacking}, which {schema.path} has; add it with: dbtool.py migrate")
+        raise Failure(f"has no column {lacking}; add it with:"
+                      f" python3 dbtool.py migrate DATABASE --schema {schema.path}")
     for name, column in found.items():
         if name not in schema.by_name and column.needed and not column.nullable:
             raise Failure(f"needs column {name}, which {schema.path} lacks;"
-                          f" add it there, or drop it with: dbtool.py migrate --drop {name}")
+                          f" add it there, or drop it with: python3 dbtool.py migrate DATABASE --drop {name}")
 
 
 def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
@@ -805,8 +814,9 @@ def no_column(schema: Schema, name: str) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {shown(close[0])}?" if close else ""
+    folded = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), folded, 1)
+    return f"; did you mean {shown(folded[close[0]])}?" if close else ""
 
 
 # How a conversion, or SQLite, says that a value does not fit.
@@ -818,6 +828,8 @@ class Rows:
     """Records made ready for the table: yields (statement, row), and knows which record it is at."""
 
     def __init__(self, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str) -> None:
+        if on_conflict not in ("fail", "skip", "replace"):
+            raise ValueError(f"on_conflict is {on_conflict!r}; it takes fail, skip or replace")
         self.schema, self.incoming, self.on_conflict = schema, incoming, on_conflict
         self.number = 0
         self.record: Mapping[str, Any] = {}
@@ -1281,10 +1293,11 @@ def names_of(cursor: Cursor) -> list[str]:
 
 def batches(cursor: Cursor) -> Iterator[Batch]:
     count = 0
+    PROGRESS.measure = lambda: (f"{count:,} rows", 0.0)
     while rows := cursor.fetchmany(ROWS_AT_ONCE):
         yield rows
         count += len(rows)
-        PROGRESS.show(f"{count:,} rows")
+        PROGRESS.tick()
 
 
 def printable(value: Any, null: str) -> Any:
@@ -1538,7 +1551,10 @@ def why_unanswered(db: Connection, said: str) -> str:
         names: list[str] = []
         for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"):
             names += [name, *columns_of(db, name)]
-        return said + nearest(said.rpartition(": ")[2], names)
+        is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
+        return said + (nearest(said.rpartition(": ")[2], names) or is_text)
+    if "binding" in said:
+        return f"{said} (--param NAME=VALUE gives :NAME a value)"
     if "decode" in said:
         return f"{said}; it is not UTF-8: SELECT CAST(… AS BLOB) shows its bytes"
     if "finalize" in said or "step" in said:
@@ -1566,6 +1582,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
     Return how many were added, how many were known, and how many of those have other values there.
     Raises Failure.
     """
+    path, source = realpath(path), realpath(source)
     if not schema.key or schema.key[0].rowid:
         raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
                       " means different rows; merge needs a primary key that is unique everywhere")
@@ -1612,12 +1629,13 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
 def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
     """Copy the file at *path* to *target*: a path, compressed if it ends in .gz or .xz, or - for standard output.
 
-    Raises Failure, or OSError.
+    What is at *target* is replaced. Raises Failure, or OSError.
     """
     import shutil
     import tempfile
 
     to_stdout = target == "-"
+    path, target = realpath(path), target if to_stdout else realpath(target)
     if not to_stdout and exists(target):
         if exists(path) and os.path.samefile(path, target):
             raise Failure("is the very file to copy")
@@ -1680,6 +1698,7 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
     *drop* names the columns to drop; *fill* says, as text, what rows get in a new column, or for NULL
     in one. Raises Failure.
     """
+    path = realpath(path)
     if not isfile(path):
         raise Failure("there is no such file")
     values = {}
@@ -1867,15 +1886,16 @@ class Options:
         """Return *text* with the path of the database as the user wrote it, where that names the same place."""
         return text.replace(self.path, self.name) if abspath(self.name) == self.path else text
 
-    def retry_line(self) -> str:
-        """Return the command that stores what this one kept."""
-        import shlex
 
-        words = ["dbtool.py", "retry", self.name]
-        for flag in ("--schema", "--table", "--skip-text"):
-            if flag in self.flags:
-                words += [flag, self.last(flag)]
-        return " ".join(shlex.quote(word) for word in words if word)
+def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
+    """Return the command that stores what an insert into the file *name*, with *flags*, kept."""
+    import shlex
+
+    words = ["python3", "dbtool.py", "retry", name]
+    for flag in ("--schema", "--table", "--skip-text", "--on-conflict"):
+        if flag in flags:
+            words += [flag, flags[flag][-1]]
+    return " ".join(shlex.quote(word) for word in words if word)
 
 
 def insert_command(options: Options) -> None:
@@ -1894,7 +1914,7 @@ def insert_command(options: Options) -> None:
             raise  # a bug, or no memory left
         failure = as_failure(error, options.path)
         if where.startswith("the input is kept"):
-            where = f"{options.as_named(where)}; when that is mended, run: {options.retry_line()}"
+            where = f"{options.as_named(where)}; when that is mended, run: {retry_line(options.name, options.flags)}"
         raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
 
 
@@ -1925,8 +1945,9 @@ def query_command(options: Options) -> None:
     """Print the answer to an SQL question."""
     sql, output = options.words[1], options.last("--output")
     refuse_database(options.path, realpath(output))
-    if not output:
-        PROGRESS.next = float("inf")  # the rows themselves show that it goes on
+    PROGRESS.measure = lambda: ("no row yet", 0.0)
+    if not output and not (sys.stdout and stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)):
+        PROGRESS.next = float("inf")  # the rows may go to the same terminal
     if sql == "-":
         if sys.stdin is None:
             raise Failure("standard input, which should hold the SQL, is closed")
@@ -1997,7 +2018,7 @@ def merge_command(options: Options) -> None:
     for number, name in enumerate(options.others):
         PROGRESS.measure = lambda number=number: (f"file {number + 1} of {count}", number / count)
         try:
-            added, known, different = merge(options.path, realpath(name), schema, options.timeout)
+            added, known, different = merge(options.path, name, schema, options.timeout)
         except (Failure, OSError) as error:
             failure = as_failure(error, name)
             raise Failure(f"{name}: {failure}", failure.status) from None
@@ -2008,8 +2029,7 @@ def merge_command(options: Options) -> None:
 
 def snapshot_command(options: Options) -> None:
     """Make a consistent, compact copy while others write."""
-    target = options.words[1]
-    snapshot(options.path, target if target == "-" else realpath(target), options.timeout)
+    snapshot(options.path, options.words[1], options.timeout)
 
 
 def migrate_command(options: Options) -> None:
@@ -2134,19 +2154,32 @@ def check_words(command: str, words: list[str]) -> None:
         raise Failure("the DATABASE has no name", USAGE)
     needed = usage.count(" ") + 1
     if (len(words) < needed and usage[0] != "[") or (len(words) > needed and usage[-1] != "."):
-        raise Failure(f"takes {usage}, got {' '.join(map(shown, words)) or 'nothing'};"
-                      f" see: dbtool.py {command} --help", USAGE)
+        hint = (f"it reads standard input: < {words[-1]}" if command == "insert" and words else
+                f"see: python3 dbtool.py {command} --help")
+        raise Failure(f"takes {usage}, got {' '.join(map(shown, words)) or 'nothing'}; {hint}", USAGE)
 
 
 def keep_unread(arguments: list[str]) -> str:
     """Keep what insert would have read, had its command line been right; return where that is."""
-    name = next((word for word in arguments[1:] if word[:1] not in ("", "-") and word not in COMMANDS), "")
+    words: list[str] = []
+    flags: dict[str, list[str]] = {}
+    left = (word for word in arguments[1:] if word not in COMMANDS)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag in FLAGS:
+            flags[flag] = [value if equals or not FLAGS[flag][0] else next(left, "")]
+        elif word[:1] not in ("", "-"):
+            words.append(word)
+    name = max(words, key=isfile, default="")  # a word may belong to a misspelt flag
     source = Input(sys.stdin, kept_places(realpath(name) if name else ""))
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
-    return f"{where}; run: dbtool.py retry {name}" if where and name else where
+    if not where.startswith("the input is kept"):
+        return where
+    return f"{where}; run: {retry_line(name, flags) if name else 'python3 dbtool.py insert DATABASE < THAT-FILE'}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line *argv*, by default that of this process; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, where = (arguments or [""])[0], ""
     options: Options | None = None

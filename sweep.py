@@ -46,7 +46,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import dbtool
+try:
+    import dbtool
+except ModuleNotFoundError:
+    raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py") from None
 from dbtool import Column, Failure, Misfit, Schema, quote, shown
 
 GRACE_S = 10.0  # how long running jobs may go on after a signal, unless --grace says otherwise
@@ -204,7 +207,8 @@ class Plan:
         db.execute("PRAGMA temp_store = MEMORY")
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)
-        db.execute('CREATE TABLE plan.stored ("#id" INTEGER PRIMARY KEY, "#rows" INTEGER, "#numbers" TEXT)')
+        db.execute("""CREATE TABLE plan.stored
+            ("#id" INTEGER PRIMARY KEY, "#rows" INTEGER, "#unnumbered" INTEGER, "#numbers" TEXT)""")
         if db.execute("SELECT count(*) FROM main.sqlite_master").fetchone()[0]:
             dbtool.check_columns(dbtool.columns_of(db, schema.table), schema)
             self.count(schema)
@@ -237,7 +241,8 @@ class Plan:
         if "metadata" in schema.by_name:
             number = "CASE WHEN json_valid(results.metadata) THEN json_extract(results.metadata, '$.sample') END"
         # CROSS JOIN: one pass over the results, with a look into the index for each row.
-        self.db.execute(f"""INSERT INTO plan.stored SELECT wanted."#id", count(*), group_concat({number})
+        self.db.execute(f"""INSERT INTO plan.stored
+            SELECT wanted."#id", count(*), count(*) - count({number}), group_concat({number})
             FROM main.{quote(schema.table)} AS results CROSS JOIN plan.wanted
             WHERE {' AND '.join(same) or '1'} GROUP BY 1""")
 
@@ -261,6 +266,15 @@ class Plan:
                 for number in missing_numbers(wanted, rows, numbers)]
         runs.sort(key=lambda run: run.sample)
         return self.in_order(runs, order) if order else runs
+
+    def combinations(self) -> int:
+        return int(self.db.execute("SELECT count(*) FROM plan.wanted").fetchone()[0])
+
+    def unnumbered(self) -> int:
+        """Return how many rows, of combinations that lack some, do not say which sample they are."""
+        ((count,),) = self.db.execute("""SELECT coalesce(sum("#unnumbered"), 0)
+            FROM plan.wanted JOIN plan.stored USING ("#id") WHERE "#rows" < "#samples" """)
+        return int(count)
 
     def in_order(self, runs: list[Run], order: str) -> list[Run]:
         """Return *runs* in the *order* that SQL says, else as they are."""
@@ -335,8 +349,9 @@ class Command:
             if not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [os.getcwd(), *sys.path]):
                 raise Failure(f"--call: there is no module {module} here", dbtool.USAGE)
             return
-        if not PLACEHOLDER.search(self.words[0]) and not shutil.which(self.words[0]):
-            raise Failure(f"{self.words[0]}: there is no such program", dbtool.USAGE)
+        program = self.words[0]
+        if not PLACEHOLDER.search(program) and not shutil.which(program):
+            raise Failure(f"{program}: {why_no_program(program)}", dbtool.USAGE)
         for name in sorted(self.braced - {*self.names, "sample"}):
             if name in schema.by_name:
                 raise Failure(f"COMMAND has {{{name}}}, but no -p or --params gives {name}", dbtool.USAGE)
@@ -366,6 +381,14 @@ class Command:
         return words
 
 
+def why_no_program(word: str) -> str:
+    if os.path.isfile(word):
+        return "it may not be executed; run chmod +x, or put its interpreter before it"
+    if "=" in word:
+        return "there is no such program; to set a variable, put env before it"
+    return "there is no such program" + "; give its words without quotes around them all" * (" " in word)
+
+
 def as_word(value: Any) -> str:
     """Return a parameter as a command's argument: 10.0 as 10, which programs take for an integer or a float."""
     if value is None:
@@ -388,6 +411,7 @@ def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
     import inspect
 
     sys.path.insert(0, folder)
+    sys.argv[:] = [target]  # whatever reads a command line finds no arguments
     result = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module, _, name = target.partition(":")
@@ -1053,6 +1077,7 @@ class Progress(dbtool.Progress):
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__()
+        dbtool.PROGRESS.next = math.inf  # from here on, this line speaks
         self.sweep = sweep
         self.is_terminal = self.next < math.inf
         self.next = min(self.next, self.start + LINE_EVERY_S)
@@ -1061,7 +1086,8 @@ class Progress(dbtool.Progress):
     def update(self) -> None:
         trouble = self.sweep.writer.trouble
         if trouble and trouble.status == dbtool.TRY_AGAIN and not self.trouble:
-            self.say(f"{self.sweep.name}: {trouble}; results wait in memory until it can be written")
+            why = str(trouble).partition(";")[0]
+            self.say(f"{self.sweep.name}: {why}; the jobs go on, and results wait in memory until it can be written")
         self.trouble = str(trouble or "")
         now = time.monotonic()
         if now < self.next:
@@ -1118,8 +1144,12 @@ def counted(plan: Plan) -> list[str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = "the command stands after --; " if message.startswith("unrecognized arguments") else ""
-        raise Failure(f"{message}; {hint}see: sweep.py --help", dbtool.USAGE)
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2]
+            meant = dbtool.nearest(word, re.findall(r"--[a-z-]+", self.format_help())) if word[:2] == "--" else ""
+            hint = meant or "; the command stands after --"
+        raise Failure(f"{message}{hint}; see: python3 sweep.py --help", dbtool.USAGE)
 
 
 def parser() -> Parser:
@@ -1205,7 +1235,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     path, name = os.path.realpath(options.database), options.database
     schema = dbtool.read_schema(options.schema, options.table)
     if not options.dry_run and bool(words) == bool(options.call):
-        raise Failure("give a command after --, or --call MODULE:FUNCTION", dbtool.USAGE)
+        raise Failure("give a command after --, or --call MODULE:FUNCTION" + ", not both" * bool(words), dbtool.USAGE)
     with dbtool.SIGNALS:
         axes = chosen_axes(options, schema)
     if options.workdir and words and "/" in words[0]:
@@ -1214,16 +1244,14 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     if words or options.call:
         command.check(schema, axes)
 
-    def missing() -> list[Run]:
-        found: list[Run] = planned(path, schema, axes, options.samples, options.where,
-                                   lambda plan: plan.missing(options.order))
-        return found
+    def from_plan(use: Callable[[Plan], Any]) -> Any:
+        return planned(path, schema, axes, options.samples, options.where, use)
 
     if options.dry_run:
-        dbtool.write_out(planned(path, schema, axes, options.samples, options.where, counted))
+        dbtool.write_out(from_plan(counted))
         return 0
     if options.list:
-        dbtool.write_out(shell_lines(missing(), command, options))
+        dbtool.write_out(shell_lines(from_plan(lambda plan: plan.missing(options.order)), command, options))
         return 0
     if not os.path.isdir(os.path.dirname(path)):
         raise Failure(f"there is no folder {os.path.dirname(path)}; make it first")
@@ -1235,10 +1263,13 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
                 return dbtool.TRY_AGAIN
             if status:
                 say(f"{name}: the runs of what is still kept count as missing")
-        runs = missing()
+        runs, combinations, unnumbered = from_plan(
+            lambda plan: (plan.missing(options.order), plan.combinations(), plan.unnumbered()))
         if not runs:
-            say(f"{name}: nothing is missing")
+            say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
             return 0
+        if unnumbered and "sample" in command.braced:
+            say(f"{name}: rows there without metadata.sample, {unnumbered:,}, are taken for the first samples")
         return Sweep(path, name, schema, runs, command, options).go()
     finally:
         lock.release()

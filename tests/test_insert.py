@@ -202,14 +202,14 @@ def test_wrong_usage_of_insert_loses_nothing(tmp_path):
     assert done.returncode == 2 and b"unknown flag --bogus" in done.stderr
     (path,) = kept("results.db")
     assert path.read_bytes() == b'{"cost": "ten hours"}' and str(path).encode() in done.stderr
-    assert b"run: dbtool.py retry results.db" in done.stderr
+    assert b"run: python3 dbtool.py retry results.db" in done.stderr
     process("insrt", "results.db", stdin=b'{"cost": "ten hours"}')
     process("insert", stdin=b'{"cost": "ten hours"}')
     assert len(kept("results.db")) == 2 and len(list(tmp_path.glob("dbtool-kept-*.json"))) == 1
 
 
 def test_text_before_the_record_brings_a_hint(expect_failure, db_path):
-    assert 'got "epoch 1"; --skip-text passes over lines of text; the input' in expect_failure("insert", db_path, stdin=b"epoch 1")
+    assert 'got "epoch 1"; insert --skip-text passes over lines of text; the input' in expect_failure("insert", db_path, stdin=b"epoch 1")
 
 
 @pytest.mark.parametrize("bad, said", [

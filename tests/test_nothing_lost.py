@@ -32,7 +32,7 @@ def check_refusal(done, path, data, status=1):
     message = done.stderr.decode()
     assert message.startswith(f"dbtool: {path}: ") and message.count("\n") == 1 and "Traceback" not in message
     (file,) = kept(path)
-    assert f"the input is kept in {file}; when that is mended, run: dbtool.py retry {path}" in message
+    assert f"the input is kept in {file}; when that is mended, run: python3 dbtool.py retry {path}" in message
     assert file.read_bytes() == data
     assert not list(file.parent.glob(".*"))
     return file
@@ -412,7 +412,7 @@ def test_the_message_names_the_real_place_through_a_symlink(tmp_path):
 def test_the_advice_repeats_what_retry_needs(db_path, tmp_path):
     (tmp_path / "my schema.sql").write_text("CREATE TABLE t (a INTEGER DEFAULT 1)")
     done = process("insert", "results.db", "--schema", "my schema.sql", "--skip-text", stdin=b'chatter\n{"a": "x"}')
-    assert done.stderr.endswith(b"run: dbtool.py retry results.db --schema 'my schema.sql' --skip-text\n")
+    assert done.stderr.endswith(b"run: python3 dbtool.py retry results.db --schema 'my schema.sql' --skip-text\n")
     assert process("insert", "results.db", "--schema", "my schema.sql", stdin=b"{}{}").returncode == 0
 
 

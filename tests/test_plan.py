@@ -109,7 +109,7 @@ def test_a_wrong_plan_is_refused_in_one_line(call_sweep, tmp_path, arguments, st
     (["--call", "no_such_module:train"], "there is no module no_such_module here"),
     (["--", "echo", "{x}"], "COMMAND has {x}, but no -p or --params gives x"),
     (["--", "echo", "{n}", "{sampel}"], 'COMMAND has {sampel}, which is no parameter; did you mean "sample"?'),
-    (["echo", "5"], "unrecognized arguments: echo 5; the command stands after --; see: sweep.py --help"),
+    (["echo", "5"], "unrecognized arguments: echo 5; the command stands after --; see: python3 sweep.py --help"),
 ], ids=str)
 def test_a_command_that_cannot_work_is_refused_before_anything_runs(call_sweep, words, message):
     result = call_sweep("r.db", "-p", "n=1", *words)
@@ -252,7 +252,7 @@ name           b       4       0        4
     (lambda path: path.mkdir(), "is a folder; name a file in it"),
     (lambda path: path.write_text("x" * 5000), "is not an SQLite database"),
     (lambda path: sqlite3.connect(path).execute("CREATE TABLE other (a)"), "has no table runs"),
-    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: dbtool.py migrate"),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: python3 dbtool.py migrate DATABASE --schema "),
 ], ids=["folder", "text", "other", "old"])
 @pytest.mark.parametrize("flag", ["--dry-run", "--list", "--jobs=1"])
 def test_a_file_that_is_not_the_results_file_is_named(call_sweep, tmp_path, make, words, flag):
