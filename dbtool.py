@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     Plan = tuple[str, list[tuple[int, Callable[[Any], Any]]]]  # a statement, and the places of values to convert
     Made = tuple[str, str, str]  # of a CREATE statement: type, name, SQL
     Batch = Sequence[Sequence[Any]]  # some rows
+    Claim = list[dict[str, Any]]  # rows that show whether a transaction happened
 else:
     # The C halves: `signal` adds enums, and `sqlite3` dates, that nothing here needs; they would double the imports.
     import _signal as signal
@@ -72,7 +73,7 @@ class Failure(Exception):
     def __init__(self, message: str, status: int = REFUSED, claim: Any = None) -> None:
         super().__init__(message)
         self.status = status
-        self.claim = claim  # set when COMMIT itself failed: the row that shows whether it did happen
+        self.claim = claim  # set when COMMIT itself failed: the rows that show whether it did happen
 
 
 class Misfit(Failure):
@@ -116,6 +117,8 @@ class Signals:
 
 
 SIGNALS = Signals()
+if __name__ == "__main__":
+    SIGNALS.install()  # now: what is in a pipe already would be lost
 
 
 def report(message: str) -> None:
@@ -460,8 +463,9 @@ class Text:
     """JSON text that comes in pieces: what is unread of it, and where that stands in the whole."""
 
     def __init__(self, chunks: Iterable[bytes], skip_text: bool) -> None:
-        self.incoming, self.decoder = iter(chunks), codecs.getincrementaldecoder("utf-8")()
-        self.skip_text = skip_text
+        self.incoming, self.skip_text = iter(chunks), skip_text
+        # A byte that is not UTF-8 becomes half of a surrogate pair, which no record may hold, but a line of text may.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if skip_text else "strict")
         self.text, self.position, self.line, self.count = "", 0, 1, 0
         self.broken, self.ended, self.starts_line = "", False, True
 
@@ -584,7 +588,8 @@ def what_is_wrong(error: Any, text: str, position: int) -> tuple[str, int]:
     elif hasattr(error, "pos"):  # a JSONDecodeError
         why, at = error.msg.lower(), error.pos
     else:  # of this program, or Python's own limit on the digits of an integer
-        return "an integer of thousands of digits" if "limit" in str(error) else str(error), position
+        said = str(error)
+        return said if said.startswith("the ") else "an integer of thousands of digits", position
     return f"{why} near {shown(text[at:at + 20])}", at
 
 
@@ -592,17 +597,19 @@ def what_is_wrong(error: Any, text: str, position: int) -> tuple[str, int]:
 
 # What SQLite says, the exit status, and what to tell the user.
 MEANINGS: dict[str, tuple[int, str]] = {
-    "disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
+    "database or disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
     "disk I/O error": (TRY_AGAIN, "disk I/O error; mend that and try again"),
-    "readonly": (REFUSED, "may not be written, not even to roll back what a writer left unfinished; mend its"
-                          " permissions or its folder's"),
-    "not a database": (REFUSED, "is not an SQLite database; name another file"),
-    "malformed": (REFUSED, "is damaged; save what it holds with: sqlite3 FILE .recover"),
+    "attempt to write a readonly database": (
+        REFUSED, "may not be written, not even to roll back what a writer left unfinished, as the next insert would;"
+                 " otherwise mend its permissions or its folder's"),
+    "file is not a database": (REFUSED, "is not an SQLite database; name another file"),
+    "database disk image is malformed": (REFUSED, "is damaged; save what it holds with: sqlite3 FILE .recover"),
 }
 
 
 def is_busy(error: Exception) -> bool:
-    return "is locked" in str(error) or "locking protocol" in str(error)
+    return str(error).startswith(("database is locked", "database table is locked", "database schema is locked",
+                                  "locking protocol"))
 
 
 def as_failure(error: Exception, path: str) -> Failure:
@@ -614,23 +621,32 @@ def as_failure(error: Exception, path: str) -> Failure:
 
         status = TRY_AGAIN if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else REFUSED
         return Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), status)
+    if isinstance(error, MemoryError):
+        return Failure("there is not enough memory for that", TRY_AGAIN)
     said = str(error)
     if is_busy(error):
         return Failure("locked by another process; try again, or wait longer with --timeout", TRY_AGAIN)
     if "unable to open" in said or "Could not open" in said:  # the latter is PyPy's
-        return Failure(why_not_opened(path))
+        return why_not_opened(path)
     for words, (status, meaning) in MEANINGS.items():
-        if words in said:
+        if said.startswith(words):
             return Failure(meaning, status)
     return Failure(said)
 
 
-def why_not_opened(path: str) -> str:
+def why_not_opened(path: str) -> Failure:
     if isdir(path):
-        return "is a folder; name a file in it"
+        return Failure("is a folder; name a file in it")
     if not isdir(dirname(path)):
-        return f"there is no folder {dirname(path)}; make it first"
-    return "cannot be opened: you may not write to it, to its folder, or to its -wal and -shm files there"
+        return Failure(f"there is no folder {dirname(path)}; make it first")
+    import errno
+
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return Failure(f"cannot be opened: {error.strerror}", as_failure(error, path).status)
+    return Failure("cannot be opened: you may not write to it, to its folder, or to its -wal and -shm files there")
 
 
 def patiently(action: Callable[..., Result], deadline: float, *arguments: Any) -> Result:
@@ -703,7 +719,7 @@ def connect_to_write(path: str, schema: Schema | None, deadline: float) -> Conne
     db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
     try:
         network = switch_journal(db, path, schema, deadline) if schema else ""
-        db.execute("PRAGMA synchronous = FULL")
+        patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
         patiently(db.execute, deadline, "BEGIN IMMEDIATE")
         if schema and is_empty(db, schema):
             for _, _, sql in schema.made:
@@ -819,9 +835,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {shown(folded[close[0]])}?" if close else ""
 
 
-# How a conversion, or SQLite, says that a value does not fit.
-MISFITS = (ValueError, OverflowError, RecursionError,
-           sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+# How a conversion, and how SQLite, says that a value does not fit.
+UNFIT = (ValueError, OverflowError, RecursionError)
+UNSTORED = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
 class Rows:
@@ -833,6 +849,7 @@ class Rows:
         self.schema, self.incoming, self.on_conflict = schema, incoming, on_conflict
         self.number = 0
         self.record: Mapping[str, Any] = {}
+        self.row: list[Any] = []
         self.pairs = self.ready()
 
     def ready(self) -> Iterator[tuple[str, Sequence[Any]]]:
@@ -845,11 +862,11 @@ class Rows:
                 plan = plans.get(shape)
                 if plan is None:
                     plan = plans[shape] = self.plan(record)
-                row = list(record.values())
+                self.row = row = list(record.values())
                 for index, convert in plan[1]:
                     row[index] = convert(row[index])
                 yield plan[0], row
-            except (Misfit, *MISFITS) as error:
+            except (Misfit, *UNFIT) as error:
                 raise self.refusal(error) from None
 
     def plan(self, record: Mapping[str, Any]) -> Plan:
@@ -876,12 +893,13 @@ class Rows:
                 why = str(misfit)
         return Misfit(f"record {self.number}: {why}")
 
-    def insert(self, db: Connection, first: Any) -> dict[str, Any]:
+    def insert(self, db: Connection, first: Any) -> Claim:
         """Insert *first* and all pairs that follow; return the claim.
 
-        The claim is the first row that was not there before, with its key: given, worked out from
-        the column's default, or the rowid. As a transaction happens whole or not at all, the claim
-        tells later whether it happened. If all rows were there, it is empty: doing it again is harmless.
+        As a transaction happens whole or not at all, the claim tells later whether it happened. It is
+        the key of the first row that was not there before, if that key was made here; otherwise the
+        values of this row and of the last one, as others may bring one such row, but hardly both. If
+        all rows were there, it is empty: doing it again is harmless.
         """
         claim: dict[str, Any] = {}
         try:
@@ -891,35 +909,58 @@ class Rows:
                     break
             for sql, group in itertools.groupby(self.pairs, itemgetter(0)):
                 db.executemany(sql, map(itemgetter(1), group))
-        except MISFITS as error:
+        except UNSTORED as error:
             raise self.refusal(error) from None
-        return claim
+        if not claim or claim.keys() == {column.name for column in self.schema.key}:
+            return [claim] if claim else []
+        last = dict(zip(self.record, self.row))
+        if "_rowid_" in claim:
+            last = self.with_rowid(last, scalar(db, "SELECT last_insert_rowid()"))
+        return [claim, last] if last != claim and holds(db, self.schema, [last]) else [claim]
 
     def insert_claimed(self, db: Connection, row: dict[str, Any]) -> dict[str, Any]:
-        """Insert one row; return it with its key, or nothing if a row with that key was there before."""
-        schema = self.schema
-        key = {}
+        """Insert one row; return by what it is known again, or nothing if a row with its key was there before."""
+        schema, is_made = self.schema, False
         for column in schema.key:
-            if column.default is not None:
-                row.setdefault(column.name, scalar(db, f"SELECT {column.default}"))
-            if column.name in row:
-                key[column.name] = row[column.name]
-        known = key and self.on_conflict == "replace" and holds(db, schema, key)
+            if column.default is not None and column.name not in row:
+                row[column.name], another = two_defaults(db, column.default)
+                is_made = is_made or row[column.name] != another
+        key = {column.name: row[column.name] for column in schema.key if row.get(column.name) is not None}
+        known = key and self.on_conflict == "replace" and holds(db, schema, [key])
         cursor = db.execute(insert_statement(schema.table, row, self.on_conflict), list(row.values()))
         if known or not cursor.rowcount:
             return {}
-        return row if 0 < len(key) == len(schema.key) else {**row, "_rowid_": cursor.lastrowid}
+        if not key or len(key) < len(schema.key):
+            return self.with_rowid(row, cursor.lastrowid)
+        return key if is_made else row
+
+    def with_rowid(self, row: Mapping[str, Any], rowid: int | None) -> dict[str, Any]:
+        """Return *row* and its rowid, which stands for a key that is NULL, too."""
+        return {**{name: row[name] for name in row if row[name] is not None or not self.schema.by_name[name].key},
+                "_rowid_": rowid}
 
 
-def holds(db: Connection, schema: Schema, claim: Mapping[str, Any]) -> bool:
-    """Tell whether the row of the *claim* is there."""
-    known = {quote(name): claim[name] for name in claim if name in schema.by_name or name == "_rowid_"}
-    where = " IS ? AND ".join(known)
-    return bool(scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where} IS ?", list(known.values())))
+def two_defaults(db: Connection, default: str) -> Sequence[Any]:
+    """Return two values of a column's default: they differ if it makes unique ones."""
+    try:
+        values: Sequence[Any] = db.execute(f"SELECT {default}, {default}").fetchall()[0]
+        return values
+    except sqlite3.OperationalError:  # a bare word is text
+        return default, default
+
+
+def holds(db: Connection, schema: Schema, claim: Claim) -> bool:
+    """Tell whether all rows of the *claim* are there."""
+    for row in claim:
+        known = {quote(name): row[name] for name in row if name in schema.by_name or name == "_rowid_"}
+        where = " IS ? AND ".join(known)
+        if not scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where} IS ?", list(known.values())):
+            return False
+    return True
 
 
 def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection], bool] | None = None,
-          before_commit: Callable[[dict[str, Any]], object] | None = None) -> int:
+          before_commit: Callable[[Claim], object] | None = None) -> int:
     """Insert *rows* into the file at *path*, all or none; return how many came.
 
     Within the transaction, *is_stored* may tell that nothing is left to do, and *before_commit*
@@ -928,8 +969,8 @@ def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection
     """
     first = next(rows.pairs, None)  # before the file is touched: the producer may be slow, or the record bad
 
-    def insert_once(db: Connection) -> dict[str, Any]:
-        claim = {} if is_stored and is_stored(db) else rows.insert(db, first)
+    def insert_once(db: Connection) -> Claim:
+        claim = [] if is_stored and is_stored(db) else rows.insert(db, first)
         if claim and before_commit:
             before_commit(claim)
         return claim
@@ -1048,12 +1089,15 @@ class Input:
             remove(old_part)
 
     def discard(self) -> None:
-        """Forget the copy: it is stored, or is elsewhere."""
+        """Forget the copy: it is stored, or is elsewhere. That it can't be removed is no reason to fail now."""
         if self.part:
-            self.copy.close()
-            remove(self.part)
+            try:
+                self.copy.close()
+                remove(self.part)
+            except OSError:
+                pass
 
-    def keep(self, claim: dict[str, Any] | None = None) -> str:
+    def keep(self, claim: Claim | None = None) -> str:
         """Bring what is held, and what still comes, to a safe place; return where that is, as a message says it."""
         try:
             self.read()
@@ -1119,20 +1163,22 @@ def kept_places(path: str) -> Iterator[str]:
 
 
 def spare_folders() -> Iterator[str]:
-    import tempfile
-
     try:
         yield os.getcwd()
+    except OSError:  # it is gone
+        pass
+    try:
+        import tempfile
+
         yield tempfile.gettempdir()
-    except OSError:  # the working directory is gone, or no folder takes temporary files
+    except (OSError, ImportError):  # no folder takes temporary files, or no file can be opened to import that module
         pass
 
 
 def spare_prefix(path: str) -> str:
     """Return how names of files begin that are kept for the database at *path* away from it."""
-    import zlib
-
-    return f"dbtool-kept-{zlib.crc32(os.fsencode(path)):08x}-"
+    # The remainder by a prime: a checksum that needs no module, as there may be no more file to open one with.
+    return f"dbtool-kept-{int.from_bytes(os.fsencode(path), 'big') % 4_294_967_291:08x}-"
 
 
 def kept_files(path: str) -> list[str]:
@@ -1194,8 +1240,8 @@ def hexed(blob: bytes) -> dict[str, str]:
     return {"$hex": blob.hex()}
 
 
-def write_claim(path: str, claim: Mapping[str, Any]) -> None:
-    """Write beside the kept file at *path* which row shows that it is stored."""
+def write_claim(path: str, claim: Claim) -> None:
+    """Write beside the kept file at *path* which rows show that it is stored."""
     import json
 
     with open(path + ".claim", "wb", buffering=0) as file:
@@ -1204,7 +1250,7 @@ def write_claim(path: str, claim: Mapping[str, Any]) -> None:
     sync_folder(path)
 
 
-def read_claim(path: str) -> dict[str, Any] | None:
+def read_claim(path: str) -> Claim | None:
     import json
 
     try:
@@ -1212,7 +1258,7 @@ def read_claim(path: str) -> dict[str, Any] | None:
             claim = json.load(file)
     except (FileNotFoundError, ValueError):  # it is written whole before COMMIT
         return None
-    return {name: structure(value) if isinstance(value, dict) else value for name, value in claim.items()}
+    return [{name: structure(value) if type(value) is dict else value for name, value in row.items()} for row in claim]
 
 
 # --------------------------------------------------------------------------------------------- output
@@ -1291,6 +1337,18 @@ def names_of(cursor: Cursor) -> list[str]:
     return [column[0] for column in cursor.description]
 
 
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Return *names*, with a number after each that stands there a second time, as SQLite itself does it in a view."""
+    found: dict[str, int] = {}
+    for name in names:
+        key, again = name, 0
+        while key in found:
+            again += 1
+            key = f"{name}:{again}"
+        found[key] = again
+    return list(found)
+
+
 def batches(cursor: Cursor) -> Iterator[Batch]:
     count = 0
     PROGRESS.measure = lambda: (f"{count:,} rows", 0.0)
@@ -1343,13 +1401,10 @@ def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: 
     import json
 
     encode = json.JSONEncoder(ensure_ascii=False, default=hexed).encode
-    keys: list[str] = []
-    for name in names:
-        again = names[:len(keys)].count(name)
-        keys.append(f"{name}:{again}" if again else name)  # as SQLite itself names a second one
+    names = distinct_names(names)
     gap = before
     for rows in batches:
-        yield gap + between.join([encode(dict(zip(keys, row))) for row in rows])
+        yield gap + between.join([encode(dict(zip(names, row))) for row in rows])
         gap = between
     if gap == before:
         yield before
@@ -1477,16 +1532,16 @@ def reading(path: str, action: Callable[[Connection], Result], timeout: float = 
             guarded: bool = True) -> Result:
     """Return action(db), with a connection to the file at *path* that cannot write and leaves no files behind.
 
-    Unless *guarded*, the connection may create other files. Raises Failure.
+    Unless *guarded*, the connection may create other files, and *action* waits for locks itself. Raises Failure.
     """
     uri = uri_to_read(path)
     before, had_wal = stamp(path), wal_size(path)
     try:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
         try:
-            patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")
             db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
             if guarded:
+                begin_to_read(db, timeout)
                 db.execute("PRAGMA query_only = ON")
                 db.set_authorizer(authorize)
             result = action(db)
@@ -1500,6 +1555,12 @@ def reading(path: str, action: Callable[[Connection], Result], timeout: float = 
     except sqlite3.Error as error:
         SIGNALS.check()
         raise as_failure(error, path) from None
+
+
+def begin_to_read(db: Connection, timeout: float) -> None:
+    """Begin a transaction in which the file stays as it is now. With a rollback journal, it keeps the lock it needs."""
+    db.execute("BEGIN")
+    patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")
 
 
 def stamp(path: str) -> tuple[int, int]:
@@ -1567,7 +1628,7 @@ def query(database: str, sql: str, parameters: Mapping[str, Any] | Sequence[Any]
     """Return the rows that answer one SQL question, as dictionaries; nothing can be written. Raises Failure."""
 
     def all_rows(cursor: Cursor) -> list[dict[str, Any]]:
-        names = names_of(cursor)
+        names = distinct_names(names_of(cursor))
         return [dict(zip(names, row)) for row in cursor]
 
     return reading(realpath(database), lambda db: ask(db, sql, parameters, all_rows), timeout)
@@ -1650,7 +1711,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
     def copy(db: Connection) -> None:
         size = os.path.getsize(path)
         PROGRESS.measure = lambda: ("copying", os.path.getsize(part) / size)
-        db.execute("VACUUM INTO ?", (file_uri(part),))
+        patiently(db.execute, time.monotonic() + timeout, "VACUUM INTO ?", (file_uri(part),))
 
     try:
         with file:
@@ -1889,13 +1950,19 @@ class Options:
 
 def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
     """Return the command that stores what an insert into the file *name*, with *flags*, kept."""
-    import shlex
-
-    words = ["python3", "dbtool.py", "retry", name]
+    place = ["--"] * name.startswith("-") + [name]
+    words = []
     for flag in ("--schema", "--table", "--skip-text", "--on-conflict"):
         if flag in flags:
             words += [flag, flags[flag][-1]]
-    return " ".join(shlex.quote(word) for word in words if word)
+    words = ["retry", *words, *place] if len(place) > 1 else ["retry", *place, *words]
+    return " ".join(["python3 dbtool.py", *(for_shell(word) for word in words if word)])
+
+
+def for_shell(word: str) -> str:
+    """Quote a word for the shell: as shlex does, which could not be imported if no more files can be opened."""
+    is_plain = word.isascii() and all(char.isalnum() or char in "@%+=:,./_-" for char in word)
+    return word if is_plain else "'" + word.replace("'", "'\\''") + "'"
 
 
 def insert_command(options: Options) -> None:
@@ -1904,18 +1971,18 @@ def insert_command(options: Options) -> None:
     try:
         source.read(options.skip_text)
         rows = Rows(options.schema(), records(source.chunks(), options.skip_text), options.conflict)
-        PROGRESS.measure = lambda: (f"{rows.number:,} rows", source.done / source.size)
+        PROGRESS.measure = lambda: (f"{rows.number:,} rows", source.done / (source.size or 1))
         store(options.path, rows, options.timeout)
-        source.discard()
     except BaseException as error:
         where = source.keep(getattr(error, "claim", None))
-        if not isinstance(error, (Failure, OSError)):
+        if not isinstance(error, (Failure, OSError, MemoryError)):
             report(where)
-            raise  # a bug, or no memory left
+            raise  # a bug
         failure = as_failure(error, options.path)
         if where.startswith("the input is kept"):
             where = f"{options.as_named(where)}; when that is mended, run: {retry_line(options.name, options.flags)}"
         raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
+    source.discard()
 
 
 def insert_manual_command(options: Options) -> None:
@@ -2006,10 +2073,18 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
         with open(path, "rb") as file:
             rows = Rows(schema, records(pieces(file), options.skip_text), options.conflict)
             store(options.path, rows, options.timeout, is_stored, lambda claim: write_claim(path, claim))
-    except FileNotFoundError:
-        pass  # another retry has stored it, or one that was stopped between the two removals
+    except FileNotFoundError:  # another retry has stored it, or one that was stopped between the two removals
+        if is_arriving(path):
+            return
     remove(path)
     remove(path + ".claim")
+
+
+def is_arriving(path: str) -> bool:
+    """Tell whether an insert is keeping its input at *path*: its claim is there first."""
+    from glob import escape, glob
+
+    return bool(glob(escape(join(dirname(path), f".{basename(path)}.")) + "*.part")) or exists(path)
 
 
 def merge_command(options: Options) -> None:
@@ -2067,7 +2142,7 @@ FLAGS = {
     "--timeout": ("SECONDS", "how long to wait for a lock (default: 60)"),
     "--on-conflict": ("fail|skip|replace", "what to do if a row with the key is there (default: fail)"),
     "--skip-text": ("", "pass lines that are no JSON objects on to standard error"),
-    "--param": ("NAME=VALUE", "the value of :NAME in the SQL; may be repeated"),
+    "--param": ("NAME=VALUE", "the value of :NAME: a number if Python prints it that way, else text; may be repeated"),
     "--format": ("csv|tsv|json|jsonl|table", "how to print (default: csv)"),
     "--output": ("FILE", "write to FILE, which appears only when it is whole"),
     "--null": ("TEXT", "how to print NULL (default: nothing)"),
@@ -2163,15 +2238,18 @@ def keep_unread(arguments: list[str]) -> str:
     """Keep what insert would have read, had its command line been right; return where that is."""
     words: list[str] = []
     flags: dict[str, list[str]] = {}
-    left = (word for word in arguments[1:] if word not in COMMANDS)
+    left = iter(arguments[1:] if arguments[0][:1] != "-" else arguments)
     for word in left:
         flag, equals, value = word.partition("=")
         if flag in FLAGS:
             flags[flag] = [value if equals or not FLAGS[flag][0] else next(left, "")]
-        elif word[:1] not in ("", "-"):
+        elif word[:1] not in ("", "-") and word not in COMMANDS:
             words.append(word)
     name = max(words, key=isfile, default="")  # a word may belong to a misspelt flag
-    source = Input(sys.stdin, kept_places(realpath(name) if name else ""))
+    try:
+        source = Input(sys.stdin, kept_places(realpath(name) if name else ""))
+    except OSError:  # the working directory is gone
+        source = Input(sys.stdin, kept_places(""))
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
     if not where.startswith("the input is kept"):
         return where
@@ -2201,7 +2279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 COMMANDS[command][0](options)
     except BrokenPipeError:  # `query … | head`: the rest is not wanted
         pass
-    except (Failure, OSError) as error:
+    except (Failure, OSError, MemoryError) as error:
         failure = as_failure(error, "")
         report(f"{where}{failure}" if str(failure) else "")
         if not options and ("insert" in arguments or '"insert"' in nearest(command, COMMANDS)):
@@ -2211,7 +2289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    SIGNALS.install()
     # All is written and closed. Taking Python down would cost a tenth of an insert's time, and a signal
     # that came meanwhile would give an exit status that is not true.
     os._exit(main())

@@ -205,6 +205,7 @@ class Plan:
         if sys.version_info >= (3, 12):  # else a misspelt name in double quotes is a string
             db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)  # novm
         db.execute("PRAGMA temp_store = MEMORY")
+        dbtool.begin_to_read(db, dbtool.LOCK_TIMEOUT_S)
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)
         db.execute("""CREATE TABLE plan.stored
@@ -780,7 +781,7 @@ class Writer:
 
     def store(self, batch: list[Job]) -> None:
         """Store the results of all jobs of a batch; if one is refused, each by itself."""
-        claim: dict[str, Any] | None = None
+        claim: dbtool.Claim | None = None
         records = [record for job in batch for record in job.records]
 
         def is_stored(db: sqlite3.Connection) -> bool:
@@ -809,7 +810,7 @@ class Writer:
                 self.outcomes += [(job, None) for job in batch]
                 return
 
-    def keep(self, records: list[dict[str, Any]], claim: dict[str, Any] | None, why: Failure) -> None:
+    def keep(self, records: list[dict[str, Any]], claim: dbtool.Claim | None, why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
         source = dbtool.Input(None, dbtool.kept_places(self.path))
         source.add("".join(as_lines(records)).encode())

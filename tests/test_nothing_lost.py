@@ -200,6 +200,66 @@ def test_the_kept_file_goes_to_the_temporary_folder_when_the_working_one_is_read
     assert count(path) == 1 and spare(temporary) == []
 
 
+@pytest.mark.parametrize("name", ["results.db", "/no-such-folder/results.db"])
+def test_the_working_directory_is_gone(tmp_path, name):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(["sh", "-c", f'cd gone; rmdir ../gone; exec "{sys.executable}" {DBTOOL} insert {name}'], input=DATA,
+                          capture_output=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    (file,) = spare(tmp_path / "tmp")
+    assert file.read_bytes() == DATA and str(file).encode() in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prlimit is Linux's")
+def test_no_file_can_be_opened(db_path):
+    import resource
+
+    child = start(db_path)
+    child.stdin.write(DATA[:9])
+    child.stdin.flush()
+    wait_until_read(child)
+    resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (3, 3))
+    _, said = child.communicate(DATA[9:], timeout=60)
+    assert child.returncode in (1, 75) and b"Traceback" not in said
+    assert DATA in said and b"stands above" in said
+
+
+def test_a_disk_without_room_for_another_file(tmp_path):
+    need(os.geteuid() == 0 and shutil.which("mount"), "root, to mount")
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "none", folder], check=True)
+    try:
+        (folder / "last").touch()
+        done = process("insert", folder / "results.db", stdin=DATA)
+        assert done.returncode == 75 and b"cannot be opened: No space left on device" in done.stderr
+        assert [file.read_bytes() for file in spare(tmp_path)] == [DATA]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy itself takes more")
+def test_not_enough_memory(db_path):
+    import resource
+
+    data = json.dumps({**RECORD, "author": "x" * 60_000_000}).encode()
+    done = process("insert", db_path, stdin=data,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (100 << 20, 100 << 20)))
+    check_refusal(done, db_path, data, 75)
+    check_retry(db_path)
+
+
+def test_a_copy_that_cannot_be_removed_is_no_failure(db_path):
+    strace = need_program("strace")
+    assert process("insert", db_path, stdin=DATA).returncode == 0
+    done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", "inject=unlink:error=EIO", sys.executable, DBTOOL, "insert",
+                           db_path], input=DATA * 20_000, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert count(db_path) == 20_001
+
+
 def test_nowhere_to_keep_leaves_standard_error(mount):
     subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
     path = mount / "results.db"
@@ -443,6 +503,10 @@ CLAIMED = [
     ("CREATE TABLE t (id BLOB NOT NULL PRIMARY KEY DEFAULT (randomblob(16)), x REAL)", [{"x": 1.0}], "fail",
      [{"x": 1.0}, {"x": 2.0}], 3),
     ("CREATE TABLE t (id INTEGER PRIMARY KEY, x REAL)", [{"x": 1.0}], "fail", [{"x": 1.0}, {"x": 2.0}], 3),
+    ("CREATE TABLE t (id INTEGER PRIMARY KEY, x REAL)", [], "fail", [{"id": None, "x": 1.0}], 1),
+    ("CREATE TABLE t (host TEXT DEFAULT localhost, run INT, PRIMARY KEY (host, run))", [], "fail", [{"run": 1}], 1),
+    ("CREATE TABLE t (id BLOB PRIMARY KEY DEFAULT (randomblob(16)), x TEXT);"
+     "CREATE TRIGGER lower AFTER INSERT ON t BEGIN UPDATE t SET x = lower(x); END;", [], "fail", [{"x": "A"}], 1),
 ]
 
 
@@ -472,6 +536,57 @@ def test_a_claim_is_a_row_of_this_transaction(db_path, tmp_path, schema, there, 
         with contextlib.closing(sqlite3.connect(db_path)) as db:
             assert db.execute("SELECT count(*) FROM t").fetchone() == (rows,)
     assert kept(db_path) == []
+
+
+def test_a_row_that_was_edited_meanwhile_is_known_by_its_key(db_path):
+    assert process("insert", db_path, "--schema", "none.sql", stdin=GOOD).returncode == 1
+    (file,) = kept(db_path)
+    data = file.read_bytes()
+
+    def claim_it(claim):
+        dbtool.write_claim(str(file), claim)
+
+    dbtool.store(str(db_path), dbtool.Rows(dbtool.read_schema(), [json.loads(data)], "fail"), 1, before_commit=claim_it)
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute("UPDATE results SET author = 'Phil'")
+    check_retry(db_path)
+
+
+NATURAL = "CREATE TABLE results (name TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID;"
+
+
+@pytest.mark.parametrize(("schema", "conflict", "name"), [
+    (NATURAL, "skip", "name"), ("CREATE TABLE results (run INTEGER PRIMARY KEY, loss REAL);", "fail", "loss")])
+def test_two_inputs_that_begin_alike_are_told_apart(db_path, tmp_path, monkeypatch, schema, conflict, name):
+    strace = need_program("strace")
+    (tmp_path / "s.sql").write_text(schema)
+    monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "s.sql"))
+    assert process("insert", db_path, stdin=b'{"loss": 1}' if name == "loss" else b'{"name": 0.5}'.replace(
+        b"0.5", b'"first"').replace(b"}", b', "loss": 0}')).returncode == 0
+    for value in (2, 3):
+        lines = [{name: "baseline" if name == "name" else 1.5, "loss": 1.5}, {name: str(value) if name == "name" else value,
+                                                                             "loss": value}]
+        done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", "inject=fdatasync:error=EIO", sys.executable, DBTOOL,
+                               "insert", db_path, "--on-conflict", conflict],
+                              input="".join(map(json.dumps, lines)).encode(), capture_output=True, check=False)
+        assert done.returncode == 75
+    assert len(kept(db_path)) == 2
+    assert process("retry", db_path, "--on-conflict", conflict).returncode == 0
+    assert count(db_path) == (4 if name == "name" else 5)
+
+
+def test_a_claim_whose_input_is_just_arriving_is_left(db_path):
+    assert process("insert", db_path, stdin=GOOD).returncode == 0
+    folder = db_path.parent / "results.db-kept"
+    folder.mkdir()
+    (folder / "a.json.claim").write_text("[]")
+    part = folder / ".a.json.123.part"
+    part.write_bytes(GOOD)
+    assert process("retry", db_path).returncode == 0
+    assert (folder / "a.json.claim").exists()
+    part.unlink()
+    assert process("retry", db_path).returncode == 0
+    assert not folder.exists() and count(db_path) == 1
 
 
 # COMMIT
