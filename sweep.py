@@ -384,7 +384,8 @@ class Command:
 
 def why_no_program(word: str) -> str:
     if os.path.isfile(word):
-        return "it may not be executed; run chmod +x, or put its interpreter before it"
+        does = "it may not be executed; run chmod +x" if "/" in word else f"write ./{word}"
+        return f"{does}, or put its interpreter before it"
     if "=" in word:
         return "there is no such program; to set a variable, put env before it"
     return "there is no such program" + "; give its words without quotes around them all" * (" " in word)

@@ -208,6 +208,23 @@ def test_wrong_usage_of_insert_loses_nothing(tmp_path):
     assert len(kept("results.db")) == 2 and len(list(tmp_path.glob("dbtool-kept-*.json"))) == 1
 
 
+@pytest.mark.parametrize(("words", "advice"), [
+    (["insert", "--schema", "s.sql", "results.db", "--bogus"], "retry results.db --schema s.sql"),
+    (["--timeout", "5", "insert", "results.db"], "retry results.db"),
+    (["insert", "my results.db", "--table=t", "--tiemout", "1"], "retry 'my results.db' --table t"),
+    (["insert", "results.db", "--on-conflict", "replace", "--bogus"], "retry results.db --on-conflict replace"),
+    (["insert", "--bogus", "--", "-x.db"], "insert DATABASE < THAT-FILE"),
+    (["insert", "--bogus"], "insert DATABASE < THAT-FILE"),
+], ids=" ".join)
+def test_the_advice_after_wrong_usage_repeats_what_was_right(words, advice):
+    said = process(*words, stdin=b'{"cost": "ten hours"}').stderr
+    assert said.endswith(b"; run: python3 dbtool.py " + advice.encode() + b"\n") and b"the input is kept in" in said
+
+
+def test_a_file_as_a_word_is_told_from_standard_input():
+    assert b'takes DATABASE, got "r.db" "g.json"; it reads standard input: < g.json' in process("insert", "r.db", "g.json").stderr
+
+
 def test_text_before_the_record_brings_a_hint(expect_failure, db_path):
     assert 'got "epoch 1"; insert --skip-text passes over lines of text; the input' in expect_failure("insert", db_path, stdin=b"epoch 1")
 

@@ -6,10 +6,11 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import RECORD, need, process
+from conftest import DBTOOL, RECORD, need, process
 
 import dbtool
 
@@ -51,6 +52,34 @@ def test_file_system_of_this_machine(tmp_path):
 def journal(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         return db.execute("PRAGMA journal_mode").fetchone()[0]
+
+
+def test_reading_keeps_its_lock_on_a_rollback_journal(expect_success, db_path, monkeypatch):
+    monkeypatch.setenv("DBTOOL_JOURNAL", "delete")
+    expect_success("insert", db_path, stdin=RECORD)
+
+    def try_to_write(_):
+        with (contextlib.closing(sqlite3.connect(db_path, timeout=0, isolation_level=None)) as db,
+              pytest.raises(sqlite3.OperationalError, match="locked")):
+            db.execute("BEGIN EXCLUSIVE")
+        return "tried"
+
+    assert dbtool.reading(str(db_path), try_to_write) == "tried"
+
+
+@pytest.mark.parametrize("words", [["migrate", "results.db"], ["snapshot", "results.db", "copy.db"], ["schema", "results.db"],
+                                   ["query", "results.db", "SELECT 1"], ["migrate", "results.db", "--dry-run"]], ids=" ".join)
+def test_every_command_waits_for_a_rollback_journal(expect_success, db_path, words, monkeypatch):
+    monkeypatch.setenv("DBTOOL_JOURNAL", "delete")
+    expect_success("insert", db_path, stdin=RECORD)
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        child = subprocess.Popen([sys.executable, DBTOOL, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(0.5)
+        assert child.poll() is None
+        db.execute("COMMIT")
+        _, said = child.communicate(timeout=30)
+        assert (child.returncode, said) == (0, b"")
 
 
 def test_override(expect_success, expect_failure, db_path, monkeypatch):

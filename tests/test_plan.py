@@ -104,7 +104,11 @@ def test_a_wrong_plan_is_refused_in_one_line(call_sweep, tmp_path, arguments, st
 @pytest.mark.parametrize("words, message", [
     ([], "give a command after --, or --call MODULE:FUNCTION"),
     (["--", "no-such-program"], "no-such-program: there is no such program"),
-    (["--call", "a:b", "--", "true"], "give a command after --, or --call"),
+    (["--call", "a:b", "--", "true"], "give a command after --, or --call MODULE:FUNCTION, not both"),
+    (["--", "runs.sql"], "runs.sql: write ./runs.sql, or"), (["--", "./runs.sql"], "./runs.sql: it may not be executed"),
+    (["--", "echo a b"], "echo a b: there is no such program; give its words without quotes around them all"),
+    (["--", "X=1", "echo"], "X=1: there is no such program; to set a variable, put env before it"),
+    (["--sample", "2", "--", "echo"], 'unrecognized arguments: --sample 2; did you mean "--samples"?; see'),
     (["--call", "train"], 'takes MODULE:FUNCTION, not "train"'),
     (["--call", "no_such_module:train"], "there is no module no_such_module here"),
     (["--", "echo", "{x}"], "COMMAND has {x}, but no -p or --params gives x"),

@@ -70,7 +70,10 @@ def test_query_reads(expect_success, filled, tmp_path, sql):
     ("SELECT epoch FROM results", 'no such column: epoch; did you mean "epochs"?'),
     ("SELECT * FROM result", 'no such table: result; did you mean "results"?'),
     ("SELEC 1", 'near "SELEC": syntax error'),
-    ("SELECT :x", "supply a value for binding"),
+    ("SELECT :x", "supply a value for binding"), ("SELECT :x", "(--param NAME=VALUE gives :NAME a value)"),
+    ("SELECT zzz", "no such column: zzz; or, if it is text, write it in 'single quotes'"),
+    ("SELECT EPOCH FROM results", 'did you mean "epochs"?'),
+    ('SELECT * FROM "disk is full"', "no such table: disk is full"),
     ("SELECT median(author) FROM results", "median, stddev and percentile take numbers"),
     ("SELECT percentile(epochs, 101) FROM results", "percentile's second is from 0 to 100"),
 ])
@@ -117,6 +120,7 @@ def test_table_for_people(expect_success, filled):
 def test_columns_of_one_name_are_kept_apart_in_json(expect_success, filled):
     assert json.loads(expect_success("query", filled, "SELECT 1 AS a, 2 AS a, 3 AS a", "--format", "jsonl")) == {
         "a": 1, "a:1": 2, "a:2": 3}
+    assert dbtool.query(filled, "SELECT 1 AS a, 2 AS a, 3 AS 'a:1'") == [{"a": 1, "a:1": 2, "a:1:1": 3}]
 
 
 def test_csv_equals_the_csv_module(expect_success, db_path):

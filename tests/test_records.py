@@ -50,6 +50,7 @@ BAD = [
     ('{"a": "é"}'.encode("utf-16"), "record 1 (line 1): byte 0xff is not UTF-8"),
     (b'{"a": ' + b"[" * 100_000, "record 1 (line 1): not valid JSON: it is nested too deeply"),
     (b'{"a": 1e999, "b": 1}', "record 1 (line 1): not valid JSON: the number 1e999 is too large"),
+    (b'{"limit": 1, "limit": 2}', 'record 1 (line 1): not valid JSON: the key "limit" stands in one object twice'),
     (b'{"a": 1, "b": 2, "a": 3}', 'record 1 (line 1): not valid JSON: the key "a" stands in one object twice'),
 ]
 
@@ -90,6 +91,13 @@ def test_skip_text(size):
     assert parse(data, size, skip_text=True, echo=shown.append) == [{"a": n} for n in (1, 2, 3, 4)]
     assert "".join(shown).split("\n") == [
         "loading", "  50% [====>   ]", "[INFO] epoch 1", "loss: 0.5", "50%", "100%", "end", ""]
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_skip_text_passes_text_on_that_is_not_utf8(size):
+    shown = []
+    assert parse(b'donn\xe9es\n{"a": "\xc3\xa9"}\n\xff', size, skip_text=True, echo=shown.append) == [{"a": "é"}]
+    assert shown == ["donn\udce9es\n", "\udcff\n"]
 
 
 @pytest.mark.parametrize(("data", "said"), [

@@ -110,6 +110,24 @@ def test_what_the_job_says_stays(swept):
     assert dbtool.query("r.db", "SELECT * FROM runs") == [{"n": 7, "loss": None, "metadata": '{"mine":1}'}]
 
 
+def test_rows_that_do_not_say_their_sample_bring_a_warning(swept):
+    job = shell('test "$2" -gt 1 && echo "{\\"loss\\": 1, \\"metadata\\": {\\"own\\": 1}}"')
+    assert "2 of 3 runs stored, 1 failed" in swept("-p", "n=1", "--samples", "3", *job, status=1)
+    said = swept("-p", "n=1", "--samples", "3", *job)
+    assert said.startswith("sweep: r.db: rows there without metadata.sample, 2, are taken for the first samples\n")
+
+
+def test_no_combination_is_told_from_none_missing(swept):
+    assert swept("-p", "n=1..3", "--where", "n > 7", "--", *GOOD) == (
+        "sweep: r.db: nothing is missing: no combination satisfies --where\n")
+
+
+def test_without_dbtool_beside_it_there_is_a_message(tmp_path):
+    shutil.copy(SWEEP, tmp_path)
+    done = subprocess.run([sys.executable, "sweep.py", "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "sweep: dbtool.py is missing; copy it to the folder of sweep.py\n")
+
+
 def test_a_table_without_metadata_has_none(swept, tmp_path):
     (tmp_path / "runs.sql").write_text("CREATE TABLE runs (n INTEGER, loss REAL);")
     swept("-p", "n=7", "--", *GOOD)
@@ -436,7 +454,7 @@ def test_jobs_go_on_while_the_file_is_locked_and_nothing_is_lost(swept):
     assert running.returncode == 0, said
     assert stored() == list(range(9))
     assert said.endswith("sweep: r.db: 8 of 8 runs stored, 0 failed\n")
-    assert "locked by another process; try again, or wait longer with --timeout; results wait in memory" in said
+    assert "locked by another process; the jobs go on, and results wait in memory until it can be written" in said
 
 
 @pytest.mark.slow
@@ -635,6 +653,11 @@ def test_a_function_may_take_the_sample_and_runs_where_it_should(swept, module, 
     rows = dbtool.query("r.db", "SELECT loss, metadata FROM runs ORDER BY loss")
     assert [row["loss"] for row in rows] == [1.0, 2.0]
     assert json.loads(rows[0]["metadata"])["folder"].startswith(str(tmp_path / "w" / "n-1_sample-1_"))
+
+
+def test_a_module_that_reads_the_command_line_finds_none(swept, tmp_path):
+    (tmp_path / "cli.py").write_text("import sys\nassert sys.argv == ['cli:train'], sys.argv\ndef train(n): return {'loss': n}\n")
+    swept("-p", "n=1", "--call", "cli:train")
 
 
 @pytest.mark.parametrize("function, reason, logged", [

@@ -609,6 +609,19 @@ def test_module_functions(db_path, tmp_path):
         dbtool.insert(str(db_path), [{**RECORD, "epochs": "x"}])
     with pytest.raises(dbtool.Failure, match="only reads"):
         dbtool.query(str(db_path), "DELETE FROM results")
+    with pytest.raises(ValueError, match="takes fail, skip or replace"):
+        dbtool.insert(str(db_path), [RECORD], on_conflict="ignore")
+    with pytest.raises(ValueError, match="of the caller"):
+        dbtool.insert(str(db_path), (RECORD if n < 2 else int("of the caller") for n in range(3)))
+
+
+def test_module_functions_take_relative_paths(db_path):
+    schema = dbtool.read_schema()
+    assert dbtool.insert("results.db", records(3)) == 3 and dbtool.insert("b.db", records(2)) == 2
+    dbtool.snapshot("results.db", "copy.db")
+    dbtool.snapshot("results.db", "copy.db.gz")
+    assert dbtool.merge("copy.db", "b.db", schema) == (2, 0, 0)
+    assert dbtool.migrate("copy.db", schema) == [] == dbtool.migrate("copy.db", schema, dry_run=True)
 
 
 def test_leaderboard(expect_success, db_path):
