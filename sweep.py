@@ -23,7 +23,16 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the other modules load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while dbtool loads
+
+try:
+    import dbtool
+except ModuleNotFoundError:
+    raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py") from None
+
+if __name__ == "__main__":  # now, as the other modules take a while
+    dbtool.STOPPING[signal.SIGUSR1] = "SIGUSR1"
+    dbtool.SIGNALS.install()
 
 import argparse
 import collections
@@ -46,10 +55,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-try:
-    import dbtool
-except ModuleNotFoundError:
-    raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py") from None
 from dbtool import Column, Failure, Misfit, Schema, quote, shown
 
 GRACE_S = 10.0  # how long running jobs may go on after a signal, unless --grace says otherwise
@@ -1301,6 +1306,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    dbtool.STOPPING[signal.SIGUSR1] = "SIGUSR1"
-    dbtool.SIGNALS.install()
     raise SystemExit(main())

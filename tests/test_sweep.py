@@ -79,6 +79,12 @@ def processes(mark):
     return [line for line in done.stdout.splitlines() if mark in line and line[0] != "Z"]
 
 
+def catches(pid, number):
+    """Tell whether a process has a handler for a signal: proc(5)."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return int(caught[1], 16) >> number - 1 & 1
+
+
 def sleeping():
     return [line for line in processes(LONG) if line.endswith(f" sleep {LONG}")]
 
@@ -516,7 +522,8 @@ def test_stopped_at_random_moments_it_ends_complete_and_without_duplicates(numbe
     arguments = ["-p", "n=1..1000", "--jobs", "4", *shell(script)]
     for _ in range(25):
         running = start(*arguments)
-        time.sleep(0.1 + rng.random() * 0.5)
+        wait_for(lambda pid=running.pid: catches(pid, signal.SIGTERM), pause=0.001)  # before, Python itself is starting
+        time.sleep(rng.random() * 0.5)
         running.send_signal(number)
         _, said = running.communicate(timeout=30)
         assert running.returncode in (75, 0, -9), said
