@@ -118,7 +118,7 @@ class Signals:
 
 SIGNALS = Signals()
 if __name__ == "__main__":
-    SIGNALS.install()  # now: what is in a pipe already would be lost
+    SIGNALS.install()  # now: without a handler, a signal would end the program with the input still in the pipe
 
 
 def report(message: str) -> None:
@@ -143,8 +143,10 @@ class Progress:
     # What SQLite's work shows: a text, and the share that is done.
     measure: Callable[[], tuple[str, float]] | None = None
     shown = False
+    start, next = 0.0, float("inf")
 
-    def __init__(self) -> None:
+    def begin(self) -> None:
+        """Count from now. What only imports this module has its terminal to itself."""
         self.start = time.monotonic()
         self.next = self.start + 1.0 if sys.stderr and sys.stderr.isatty() else float("inf")
 
@@ -220,6 +222,12 @@ def affinity(declared: str) -> str:
 def quote(name: str) -> str:
     """Return *name* as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def for_shell(word: str) -> str:
+    """Quote a word for the shell: as shlex does, which could not be imported if no more files can be opened."""
+    is_plain = word.isascii() and all(char.isalnum() or char in "@%+=:,./_-" for char in word)
+    return word if is_plain else "'" + word.replace("'", "'\\''") + "'"
 
 
 def columns_of(db: Connection, table: str) -> dict[str, Column]:
@@ -382,8 +390,9 @@ def fit(column: Column, value: Any) -> Any:
         return stored
     except (ValueError, OverflowError, RecursionError) as error:
         wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
-        why = (", which has half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else
-               ", which SQLite makes NULL" if value != value else "")
+        why = (", which has half of a surrogate pair, or a byte that is not UTF-8"
+               if isinstance(error, UnicodeEncodeError) else
+               ", which SQLite makes NULL" if isinstance(value, float) and value != value else "")
         raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}{why}") from None
 
 
@@ -394,8 +403,8 @@ def fit_text(column: Column, text: str) -> Any:
     if column.affinity == "TEXT":
         return fit(column, text)
     readers: list[Callable[[str], Any]] = [lambda text: json.loads(text, parse_float=finite)]
-    if not text.strip("0123456789+-.eE"):
-        readers += [int, finite]  # .5, 1. and +1 are no JSON
+    if column.affinity != "BLOB" and not text.strip("0123456789+-.eE"):
+        readers += [int, finite]  # .5, 1. and +1 are no JSON, but numbers in a column of numbers
     value: Any = text
     for read in readers:
         try:
@@ -600,8 +609,8 @@ MEANINGS: dict[str, tuple[int, str]] = {
     "database or disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
     "disk I/O error": (TRY_AGAIN, "disk I/O error; mend that and try again"),
     "attempt to write a readonly database": (
-        REFUSED, "may not be written, not even to roll back what a writer left unfinished, as the next insert would;"
-                 " otherwise mend its permissions or its folder's"),
+        REFUSED, "may not be written, not even to roll back what a writer left unfinished; mend its permissions or"
+                 " its folder's; if they are right, the next insert rolls that back"),
     "file is not a database": (REFUSED, "is not an SQLite database; name another file"),
     "database disk image is malformed": (REFUSED, "is damaged; save what it holds with: sqlite3 FILE .recover"),
 }
@@ -642,7 +651,9 @@ def why_not_opened(path: str) -> Failure:
     import errno
 
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        part, file = new_part(path)
+        file.close()
+        os.unlink(part)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             return Failure(f"cannot be opened: {error.strerror}", as_failure(error, path).status)
@@ -765,11 +776,12 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
     lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
         raise Failure(f"has no column {lacking}; add it with:"
-                      f" python3 dbtool.py migrate DATABASE --schema {schema.path}")
+                      f" python3 dbtool.py migrate DATABASE --schema {for_shell(schema.path)}")
     for name, column in found.items():
         if name not in schema.by_name and column.needed and not column.nullable:
             raise Failure(f"needs column {name}, which {schema.path} lacks;"
-                          f" add it there, or drop it with: python3 dbtool.py migrate DATABASE --drop {name}")
+                          " add it there, or drop it with:"
+                          f" python3 dbtool.py migrate DATABASE --drop {for_shell(name)}")
 
 
 def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
@@ -911,11 +923,15 @@ class Rows:
                 db.executemany(sql, map(itemgetter(1), group))
         except UNSTORED as error:
             raise self.refusal(error) from None
-        if not claim or claim.keys() == {column.name for column in self.schema.key}:
-            return [claim] if claim else []
-        last = dict(zip(self.record, self.row))
+        if not claim:
+            return []
+        key = {column.name for column in self.schema.key}
         if "_rowid_" in claim:
-            last = self.with_rowid(last, scalar(db, "SELECT last_insert_rowid()"))
+            last = self.as_stored(db, scalar(db, "SELECT last_insert_rowid()"))
+        elif claim.keys() > key <= self.record.keys():
+            last = dict(zip(self.record, self.row))
+        else:
+            return [claim]
         return [claim, last] if last != claim and holds(db, self.schema, [last]) else [claim]
 
     def insert_claimed(self, db: Connection, row: dict[str, Any]) -> dict[str, Any]:
@@ -931,13 +947,15 @@ class Rows:
         if known or not cursor.rowcount:
             return {}
         if not key or len(key) < len(schema.key):
-            return self.with_rowid(row, cursor.lastrowid)
+            return self.as_stored(db, cursor.lastrowid)
         return key if is_made else row
 
-    def with_rowid(self, row: Mapping[str, Any], rowid: int | None) -> dict[str, Any]:
-        """Return *row* and its rowid, which stands for a key that is NULL, too."""
-        return {**{name: row[name] for name in row if row[name] is not None or not self.schema.by_name[name].key},
-                "_rowid_": rowid}
+    def as_stored(self, db: Connection, rowid: int | None) -> dict[str, Any]:
+        """Return the row with that rowid, as defaults and triggers have made it, and the rowid."""
+        names = list(self.schema.by_name)
+        sql = f"SELECT {', '.join(map(quote, names))} FROM {quote(self.schema.table)} WHERE _rowid_ = ?"
+        (row,) = db.execute(sql, (rowid,)).fetchall() or [()]  # none if a trigger has removed it
+        return {**dict(zip(names, row)), "_rowid_": rowid}
 
 
 def two_defaults(db: Connection, default: str) -> Sequence[Any]:
@@ -1060,6 +1078,20 @@ class Input:
             yield data
             self.done += len(data)
 
+    def drain(self) -> None:
+        """Take what waits in the pipe, without waiting for more: a few times what a pipe holds."""
+        import select
+
+        try:
+            for _ in range(16):
+                if self.ended or not select.select([self.descriptor], [], [], 0)[0]:
+                    break
+                data = os.read(self.descriptor, CHUNK_BYTES)
+                self.ended = not data
+                self.add(data)
+        except OSError:
+            pass
+
     def add(self, data: bytes) -> None:
         try:
             write_all(self.copy, data)
@@ -1091,18 +1123,18 @@ class Input:
     def discard(self) -> None:
         """Forget the copy: it is stored, or is elsewhere. That it can't be removed is no reason to fail now."""
         if self.part:
-            try:
-                self.copy.close()
-                remove(self.part)
-            except OSError:
-                pass
+            for forget in (self.copy.close, lambda: remove(self.part)):
+                try:
+                    forget()
+                except OSError:
+                    pass
 
     def keep(self, claim: Claim | None = None) -> str:
         """Bring what is held, and what still comes, to a safe place; return where that is, as a message says it."""
         try:
             self.read()
-        except (Failure, OSError):
-            pass  # a signal ends that
+        except (Failure, OSError):  # a signal ends that
+            self.drain()
         if not self.size:
             return ""
         if self.is_file and not claim:  # with one, running it again might store it twice
@@ -1338,15 +1370,15 @@ def names_of(cursor: Cursor) -> list[str]:
 
 
 def distinct_names(names: Iterable[str]) -> list[str]:
-    """Return *names*, with a number after each that stands there a second time, as SQLite itself does it in a view."""
-    found: dict[str, int] = {}
+    """Return *names*, with a number after each that stands there a second time."""
+    found: list[str] = []
     for name in names:
         key, again = name, 0
         while key in found:
             again += 1
             key = f"{name}:{again}"
-        found[key] = again
-    return list(found)
+        found.append(key)
+    return found
 
 
 def batches(cursor: Cursor) -> Iterator[Batch]:
@@ -1953,16 +1985,11 @@ def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
     place = ["--"] * name.startswith("-") + [name]
     words = []
     for flag in ("--schema", "--table", "--skip-text", "--on-conflict"):
-        if flag in flags:
-            words += [flag, flags[flag][-1]]
+        value = flags.get(flag, [""])[-1]
+        if value or (flag in flags and not FLAGS[flag][0]):
+            words += [flag, value]
     words = ["retry", *words, *place] if len(place) > 1 else ["retry", *place, *words]
     return " ".join(["python3 dbtool.py", *(for_shell(word) for word in words if word)])
-
-
-def for_shell(word: str) -> str:
-    """Quote a word for the shell: as shlex does, which could not be imported if no more files can be opened."""
-    is_plain = word.isascii() and all(char.isalnum() or char in "@%+=:,./_-" for char in word)
-    return word if is_plain else "'" + word.replace("'", "'\\''") + "'"
 
 
 def insert_command(options: Options) -> None:
@@ -2013,7 +2040,7 @@ def query_command(options: Options) -> None:
     sql, output = options.words[1], options.last("--output")
     refuse_database(options.path, realpath(output))
     PROGRESS.measure = lambda: ("no row yet", 0.0)
-    if not output and not (sys.stdout and stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)):
+    if not output and not is_file(sys.stdout):
         PROGRESS.next = float("inf")  # the rows may go to the same terminal
     if sql == "-":
         if sys.stdin is None:
@@ -2028,6 +2055,13 @@ def query_command(options: Options) -> None:
         write_out(texts, output)
 
     reading(options.path, lambda db: ask(db, sql, parameters, print_rows), options.timeout)
+
+
+def is_file(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except OSError:  # it is in memory
+        return False
 
 
 def number_or_text(text: str) -> int | float | str:
@@ -2237,19 +2271,30 @@ def check_words(command: str, words: list[str]) -> None:
 def keep_unread(arguments: list[str]) -> str:
     """Keep what insert would have read, had its command line been right; return where that is."""
     words: list[str] = []
+    doubtful: list[str] = []  # may belong to a misspelt flag
     flags: dict[str, list[str]] = {}
     left = iter(arguments[1:] if arguments[0][:1] != "-" else arguments)
+    known = words
     for word in left:
         flag, equals, value = word.partition("=")
-        if flag in FLAGS:
-            flags[flag] = [value if equals or not FLAGS[flag][0] else next(left, "")]
-        elif word[:1] not in ("", "-") and word not in COMMANDS:
-            words.append(word)
-    name = max(words, key=isfile, default="")  # a word may belong to a misspelt flag
+        takes = FLAGS.get(flag, ("", ""))[0]
+        if word == "--":
+            words += left
+        elif flag in FLAGS:
+            value = value if equals or not takes else next(left, "")
+            if "|" not in takes or value in takes.split("|"):
+                flags[flag] = [value]
+        elif word[:1] == "-":
+            known = words if equals else doubtful
+        elif word and word not in COMMANDS:
+            known.append(word)
+            known = words
+    name = [*words, *doubtful, ""][0]
     try:
-        source = Input(sys.stdin, kept_places(realpath(name) if name else ""))
+        path = realpath(name) if name else ""
     except OSError:  # the working directory is gone
-        source = Input(sys.stdin, kept_places(""))
+        name = path = ""
+    source = Input(sys.stdin, kept_places(path))
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
     if not where.startswith("the input is kept"):
         return where
@@ -2258,6 +2303,7 @@ def keep_unread(arguments: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default that of this process; return the exit status."""
+    PROGRESS.begin()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, where = (arguments or [""])[0], ""
     options: Options | None = None

@@ -27,7 +27,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 
 try:
     import dbtool
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "dbtool":
+        raise
     raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py") from None
 
 if __name__ == "__main__":  # now, as the other modules take a while
@@ -1083,7 +1085,7 @@ class Progress(dbtool.Progress):
     """One line with what is done: in place on a terminal, otherwise once a minute."""
 
     def __init__(self, sweep: Sweep) -> None:
-        super().__init__()
+        self.begin()
         dbtool.PROGRESS.next = math.inf  # from here on, this line speaks
         self.sweep = sweep
         self.is_terminal = self.next < math.inf
@@ -1275,7 +1277,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
         if not runs:
             say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
             return 0
-        if unnumbered and "sample" in command.braced:
+        if unnumbered and (options.call or "sample" in command.braced):
             say(f"{name}: rows there without metadata.sample, {unnumbered:,}, are taken for the first samples")
         return Sweep(path, name, schema, runs, command, options).go()
     finally:

@@ -213,7 +213,9 @@ def test_wrong_usage_of_insert_loses_nothing(tmp_path):
     (["--timeout", "5", "insert", "results.db"], "retry results.db"),
     (["insert", "my results.db", "--table=t", "--tiemout", "1"], "retry 'my results.db' --table t"),
     (["insert", "results.db", "--on-conflict", "replace", "--bogus"], "retry results.db --on-conflict replace"),
-    (["insert", "--bogus", "--", "-x.db"], "insert DATABASE < THAT-FILE"),
+    (["insert", "--bogus", "--", "-x.db"], "retry -- -x.db"),
+    (["insert", "new.db", "--schme", "my.sql"], "retry new.db"), (["insert", "--schme", "my.sql", "new.db"], "retry new.db"),
+    (["insert", "new.db", "--on-conflict", "ignore"], "retry new.db"), (["insert", "--schema", "", "--x", "e.db"], "retry e.db"),
     (["insert", "--bogus"], "insert DATABASE < THAT-FILE"),
 ], ids=" ".join)
 def test_the_advice_after_wrong_usage_repeats_what_was_right(words, advice):
@@ -230,7 +232,7 @@ def test_text_before_the_record_brings_a_hint(expect_failure, db_path):
 
 
 @pytest.mark.parametrize("bad, said", [
-    ('{"epochs": "UNIQUE"}', 'got "UNIQUE"; the input'), ('{"author": "\\ud800"}', "which has half of a surrogate pair; the input"),
+    ('{"epochs": "UNIQUE"}', 'got "UNIQUE"; the input'), ('{"author": "\\ud800"}', "which has half of a surrogate pair, or a byte that is not UTF-8; the input"),
     ('{"a": unterminated }', 'expecting value near "unterminated }"; the input')])
 def test_words_of_the_input_are_not_taken_for_those_of_a_message(expect_failure, db_path, bad, said):
     record = bad if "unterminated" in bad else json.dumps({**RECORD, **json.loads(bad)})

@@ -364,6 +364,14 @@ def test_a_signal_while_reading(db_path, number):
     check_retry(db_path)
 
 
+def test_a_signal_before_the_first_read_keeps_what_waits_in_the_pipe(db_path):
+    strace = need_program("strace")
+    done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", "inject=getcwd:signal=SIGTERM", sys.executable, DBTOOL,
+                           "insert", "results.db"], input=DATA, capture_output=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM and b"stopped by SIGTERM; the input is kept" in done.stderr
+    check_retry(db_path)
+
+
 @pytest.mark.parametrize("number", ONE_SIGNAL)
 def test_a_signal_while_waiting_for_the_lock(db_path, number):
     assert process("insert", db_path, stdin=DATA).returncode == 0
@@ -507,6 +515,9 @@ CLAIMED = [
     ("CREATE TABLE t (host TEXT DEFAULT localhost, run INT, PRIMARY KEY (host, run))", [], "fail", [{"run": 1}], 1),
     ("CREATE TABLE t (id BLOB PRIMARY KEY DEFAULT (randomblob(16)), x TEXT);"
      "CREATE TRIGGER lower AFTER INSERT ON t BEGIN UPDATE t SET x = lower(x); END;", [], "fail", [{"x": "A"}], 1),
+    ("CREATE TABLE t (id INTEGER PRIMARY KEY, x TEXT);"
+     "CREATE TRIGGER lower AFTER INSERT ON t BEGIN UPDATE t SET x = lower(x); END;", [], "fail", [{"x": "A"}, {"x": "B"}], 2),
+    ("CREATE TABLE t (at TEXT DEFAULT CURRENT_TIMESTAMP, x INT, PRIMARY KEY (at, x))", [], "fail", [{"x": 1}, {"x": 2}], 2),
 ]
 
 

@@ -82,6 +82,16 @@ def test_query_says_what_is_wrong(expect_failure, filled, sql, said):
     assert message.startswith(f"dbtool: {filled}: ") and said in message
 
 
+def test_query_into_a_stream_in_memory(filled, monkeypatch):
+    import io
+    import sys
+
+    memory = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(memory))
+    assert dbtool.main(["query", str(filled), "SELECT 1 AS one"]) == 0
+    assert memory.getvalue() == b"one\n1\n"
+
+
 def test_query_creates_nothing(expect_failure, tmp_path):
     assert "there is no such file" in expect_failure("query", "none.db", "SELECT 1")
     assert "is a folder" in expect_failure("query", tmp_path, "SELECT 1")

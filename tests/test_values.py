@@ -109,6 +109,7 @@ def test_insert_null_where_nullable(call, db_path, text, column):
     ("real", "Infinity", float("inf")), ("real", "NaN", NO), ("real", ".5", 0.5), ("real", "1.", 1.0), ("real", "+1", 1.0),
     ("integer", "+9007199254740993", 9007199254740993), ("integer", "1e3", 1000), ("integer", "1_000", NO),
     ("real", "inf", NO), ("real", "-", NO), ("text", ".5", ".5"), ("numeric", "1_000", "1_000"),
+    ("numeric", "007", 7), ("blob", "007", "007"), ("bare", "+5", "+5"),
     ("text", "12", "12"), ("text", "true", "true"), ("text", "", ""), ("text", "-5", "-5"),
     ("numeric", "12", 12), ("numeric", "1.5", 1.5), ("numeric", "abc", "abc"), ("numeric", "null", "null"),
     ("blob", "12", 12), ("bare", "x y", "x y"), ("text", '{"a": 1}', '{"a": 1}'),
