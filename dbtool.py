@@ -906,13 +906,7 @@ class Rows:
         return Misfit(f"record {self.number}: {why}")
 
     def insert(self, db: Connection, first: Any) -> Claim:
-        """Insert *first* and all pairs that follow; return the claim.
-
-        As a transaction happens whole or not at all, the claim tells later whether it happened. It is
-        the key of the first row that was not there before, if that key was made here; otherwise the
-        values of this row and of the last one, as others may bring one such row, but hardly both. If
-        all rows were there, it is empty: doing it again is harmless.
-        """
+        """Insert *first* and all pairs that follow; return the claim, empty if all rows were there before."""
         claim: dict[str, Any] = {}
         try:
             for _, row in itertools.chain([first], self.pairs):
@@ -923,8 +917,15 @@ class Rows:
                 db.executemany(sql, map(itemgetter(1), group))
         except UNSTORED as error:
             raise self.refusal(error) from None
-        if not claim:
-            return []
+        return self.completed(db, claim) if claim else []
+
+    def completed(self, db: Connection, claim: dict[str, Any]) -> Claim:
+        """Return the whole claim, given the part of it that the first new row is.
+
+        As a transaction happens whole or not at all, the claim tells later whether it happened. A key
+        that was made here does so by itself; otherwise the values of the last row belong to it too,
+        as others may bring one such row, but hardly both.
+        """
         key = {column.name for column in self.schema.key}
         if "_rowid_" in claim:
             last = self.as_stored(db, scalar(db, "SELECT last_insert_rowid()"))
@@ -1049,12 +1050,17 @@ class Input:
             with SIGNALS:
                 select.select([self.descriptor], [], [])
             try:
-                data = os.read(self.descriptor, CHUNK_BYTES)
+                data = self.take()
             except BlockingIOError:  # somebody else was faster
                 continue
-            self.ended = not data  # a terminal would let one type on
-            self.add(data)
             yield data
+
+    def take(self) -> bytes:
+        """Read once from the pipe, and hold what came."""
+        data = os.read(self.descriptor, CHUNK_BYTES)
+        self.ended = not data  # a terminal would let one type on
+        self.add(data)
+        return data
 
     def read(self, skip_text: bool = False) -> None:
         """Read to the end. With *skip_text*, show the lines that are no JSON objects as they come."""
@@ -1086,9 +1092,7 @@ class Input:
             for _ in range(16):
                 if self.ended or not select.select([self.descriptor], [], [], 0)[0]:
                     break
-                data = os.read(self.descriptor, CHUNK_BYTES)
-                self.ended = not data
-                self.add(data)
+                self.take()
         except OSError:
             pass
 
@@ -1982,14 +1986,13 @@ class Options:
 
 def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
     """Return the command that stores what an insert into the file *name*, with *flags*, kept."""
-    place = ["--"] * name.startswith("-") + [name]
-    words = []
+    given = []
     for flag in ("--schema", "--table", "--skip-text", "--on-conflict"):
         value = flags.get(flag, [""])[-1]
         if value or (flag in flags and not FLAGS[flag][0]):
-            words += [flag, value]
-    words = ["retry", *words, *place] if len(place) > 1 else ["retry", *place, *words]
-    return " ".join(["python3 dbtool.py", *(for_shell(word) for word in words if word)])
+            given += [flag, value]
+    words = [*given, "--", name] if name.startswith("-") else [name, *given]
+    return " ".join(["python3 dbtool.py retry", *(for_shell(word) for word in words if word)])
 
 
 def insert_command(options: Options) -> None:

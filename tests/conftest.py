@@ -148,12 +148,12 @@ def wait_for(condition, seconds=20.0, pause=0.02) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
-    """A disk of so many megabytes, mounted at a new folder in *folder*."""
+def small_disk(folder, size, *options):
+    """A disk of so many megabytes, mounted with *options* at a new folder in *folder*."""
     need(os.geteuid() == 0, "root, to mount a full disk")
     disk = folder / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}m", *options]), "tmpfs", disk], check=True)
     try:
         yield disk
     finally:

@@ -14,7 +14,7 @@ import termios
 import time
 
 import pytest
-from conftest import DBTOOL, RECORD, kept, need, need_program, peak_memory, process
+from conftest import DBTOOL, RECORD, kept, need, need_program, peak_memory, process, small_disk
 
 import dbtool
 
@@ -226,17 +226,11 @@ def test_no_file_can_be_opened(db_path):
 
 
 def test_a_disk_without_room_for_another_file(tmp_path):
-    need(os.geteuid() == 0 and shutil.which("mount"), "root, to mount")
-    folder = tmp_path / "mount"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "none", folder], check=True)
-    try:
-        (folder / "last").touch()
-        done = process("insert", folder / "results.db", stdin=DATA)
+    with small_disk(tmp_path, 1, "nr_inodes=2") as disk:
+        (disk / "last").touch()
+        done = process("insert", disk / "results.db", stdin=DATA)
         assert done.returncode == 75 and b"cannot be opened: No space left on device" in done.stderr
         assert [file.read_bytes() for file in spare(tmp_path)] == [DATA]
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.slow
@@ -563,27 +557,25 @@ def test_a_row_that_was_edited_meanwhile_is_known_by_its_key(db_path):
     check_retry(db_path)
 
 
-NATURAL = "CREATE TABLE results (name TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID;"
-
-
-@pytest.mark.parametrize(("schema", "conflict", "name"), [
-    (NATURAL, "skip", "name"), ("CREATE TABLE results (run INTEGER PRIMARY KEY, loss REAL);", "fail", "loss")])
-def test_two_inputs_that_begin_alike_are_told_apart(db_path, tmp_path, monkeypatch, schema, conflict, name):
+@pytest.mark.parametrize(("schema", "conflict", "there", "alike", "others", "rows"), [
+    ("CREATE TABLE results (name TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID;", "skip", {"name": "first", "loss": 0},
+     {"name": "baseline", "loss": 1.5}, [{"name": "2", "loss": 2}, {"name": "3", "loss": 3}], 4),
+    ("CREATE TABLE results (run INTEGER PRIMARY KEY, loss REAL);", "fail", {"loss": 1},
+     {"loss": 1.5}, [{"loss": 2}, {"loss": 3}], 5)], ids=["natural key", "rowid"])
+def test_two_inputs_that_begin_alike_are_told_apart(db_path, tmp_path, monkeypatch, schema, conflict, there, alike,
+                                                    others, rows):
     strace = need_program("strace")
     (tmp_path / "s.sql").write_text(schema)
     monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "s.sql"))
-    assert process("insert", db_path, stdin=b'{"loss": 1}' if name == "loss" else b'{"name": 0.5}'.replace(
-        b"0.5", b'"first"').replace(b"}", b', "loss": 0}')).returncode == 0
-    for value in (2, 3):
-        lines = [{name: "baseline" if name == "name" else 1.5, "loss": 1.5}, {name: str(value) if name == "name" else value,
-                                                                             "loss": value}]
+    assert process("insert", db_path, stdin=json.dumps(there).encode()).returncode == 0
+    for other in others:
         done = subprocess.run([strace, "-f", "-o", "/dev/null", "-e", "inject=fdatasync:error=EIO", sys.executable, DBTOOL,
                                "insert", db_path, "--on-conflict", conflict],
-                              input="".join(map(json.dumps, lines)).encode(), capture_output=True, check=False)
+                              input=json.dumps([alike, other]).encode(), capture_output=True, check=False)
         assert done.returncode == 75
     assert len(kept(db_path)) == 2
     assert process("retry", db_path, "--on-conflict", conflict).returncode == 0
-    assert count(db_path) == (4 if name == "name" else 5)
+    assert count(db_path) == rows
 
 
 def test_a_claim_whose_input_is_just_arriving_is_left(db_path):
