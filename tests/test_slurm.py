@@ -130,7 +130,8 @@ def folder(tmp_path):
     script.write_text(text.replace("60..100..20", "80"))
     job = script.with_name("job.sh")
     job.write_text(job.read_text().replace("exec python3", 'echo "$SLURMD_NODENAME" >> nodes\nexec python3'))
-    return script.parent
+    yield script.parent
+    print(said(script.parent))  # pytest shows it when the test fails
 
 
 WANTED = 2 * 2 * 2 * 2 * 2  # layers, activation, epochs, sample windows, samples
@@ -150,8 +151,12 @@ def done(folder):
     return dbtool.query(str(path), "SELECT count(*) AS n FROM results")[0]["n"]
 
 
+def logs(folder):
+    return sorted(folder.glob("slurm-*.log"))
+
+
 def said(folder):
-    return "\n".join(path.read_text() for path in sorted(folder.glob("slurm-*.log")))
+    return "\n".join(path.read_text() for path in logs(folder))
 
 
 def assert_complete(folder):
@@ -188,11 +193,27 @@ def test_a_node_dies_a_job_is_cancelled_and_submitting_again_completes_the_grid(
 
 
 def test_at_the_time_limit_it_submits_itself_again(cluster, folder):
-    job = folder / "job.sh"
-    job.write_text(job.read_text().replace("exec python3", "sleep 2\nexec python3"))
-    # Slurm counts limits in minutes; the signal comes 15 seconds after the start, or some more.
-    submit(cluster, folder, "--time=1", "--signal=B:USR1@45", "--ntasks=2")
-    cluster.wait_for(lambda: len(list(folder.glob("slurm-*.log"))) >= 2, 90)
+    script, job = folder / "bench-mlp.sh", folder / "job.sh"
+    script.write_text(script.read_text().replace("--grace 90", "--grace 5"))
+    # The first run ends at once; the others would wait for ever, were it not for the limit.
+    job.write_text(job.read_text().replace(
+        "exec python3", "until mkdir first 2>/dev/null || [ -e go_on ]; do sleep 0.2; done\nexec python3"))
+    # Slurm counts limits in minutes, and may send the signal up to one earlier than asked: 15 to 75 s after the start.
+    submit(cluster, folder, "--time=2", "--signal=B:USR1@45", "--ntasks=2")
+    cluster.wait_for(lambda: len(logs(folder)) >= 2, 150)
+    (folder / "go_on").touch()
     assert "stopped by SIGUSR1" in said(folder) and "Submitted batch job" in said(folder)
     cluster.wait_for(lambda: not cluster.jobs(), 280)
     assert_complete(folder)
+
+
+def test_an_environment_that_took_all_the_time_is_made_once(cluster, folder):
+    setup = folder / "setup.sh"
+    setup.write_text(setup.read_text() + "echo made >> made\nsleep 3\n")
+    first = submit(cluster, folder)
+    cluster.wait_for(lambda: (folder / "made").exists())
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait_for(lambda: len(logs(folder)) >= 2)
+    cluster.wait_for(lambda: not cluster.jobs(), 120)
+    assert_complete(folder)
+    assert (folder / "made").read_text() == "made\n"
