@@ -721,27 +721,20 @@ def wanted_journal(path: str) -> tuple[str, str]:
     return ("delete", kind) if kind in NETWORK else ("wal", "")
 
 
-def connect_to_write(path: str, schema: Schema | None, deadline: float) -> Connection:
-    """Open or create the results file at *path* and begin a transaction that holds the write lock.
+def begin_to_write(db: Connection, path: str, schema: Schema | None, deadline: float) -> None:
+    """Begin a transaction that holds the write lock on the results file at *path*, made if it is empty.
 
     Without a *schema*, the file is taken as it is.
     """
-    db = sqlite3.connect(file_uri(path) + "?mode=rwc", uri=True, timeout=0, isolation_level=None)
-    db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
-    try:
-        network = switch_journal(db, path, schema, deadline) if schema else ""
-        patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
-        patiently(db.execute, deadline, "BEGIN IMMEDIATE")
-        if schema and is_empty(db, schema):
-            for _, _, sql in schema.made:
-                db.execute(sql)
-        if network:
-            report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
-                   " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
-        return db
-    except BaseException:
-        db.close()
-        raise
+    network = switch_journal(db, path, schema, deadline) if schema else ""
+    patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
+    patiently(db.execute, deadline, "BEGIN IMMEDIATE")
+    if schema and is_empty(db, schema):
+        for _, _, sql in schema.made:
+            db.execute(sql)
+    if network:
+        report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
+               " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
 
 
 def switch_journal(db: Connection, path: str, schema: Schema, deadline: float) -> str:
@@ -791,8 +784,10 @@ def writing(path: str, schema: Schema | None, action: Callable[[Connection], Res
     """
     deadline = time.monotonic() + timeout
     try:
-        db = connect_to_write(path, schema, deadline)
+        db = sqlite3.connect(file_uri(path) + "?mode=rwc", uri=True, timeout=0, isolation_level=None)
         try:
+            db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
+            begin_to_write(db, path, schema, deadline)
             result = action(db)
             db.set_progress_handler(None, 0)  # from here on, a signal comes too late
             commit(db, path, deadline, result)
