@@ -793,28 +793,26 @@ class Writer:
         def is_stored(db: sqlite3.Connection) -> bool:
             return claim is not None and dbtool.holds(db, self.schema, claim)
 
+        outcome: Failure | None
         while True:
             try:
                 dbtool.store(self.path, dbtool.Rows(self.schema, records, "fail"), STORE_TRY_S, is_stored)
+                outcome = self.trouble = None
             except Misfit as refusal:
+                outcome = refusal
                 if len(batch) > 1:
                     for job in batch:
                         self.store([job])
                     return
-                self.outcomes.append((batch[0], refusal))
-                return
             except Failure as trouble:
-                self.trouble = trouble
+                outcome = self.trouble = trouble
                 claim = trouble.claim or claim
                 self.wake()
-                if trouble.status != dbtool.TRY_AGAIN or self.give_up.wait(STORE_TRY_S):
-                    self.keep(records, claim, trouble)
-                    self.outcomes += [(job, trouble) for job in batch]
-                    return
-            else:
-                self.trouble = None
-                self.outcomes += [(job, None) for job in batch]
-                return
+                if trouble.status == dbtool.TRY_AGAIN and not self.give_up.wait(STORE_TRY_S):
+                    continue
+                self.keep(records, claim, trouble)
+            self.outcomes += [(job, outcome) for job in batch]
+            return
 
     def keep(self, records: list[dict[str, Any]], claim: dbtool.Claim | None, why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
