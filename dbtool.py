@@ -2034,7 +2034,7 @@ def flag_column(schema: Schema, flag: str) -> Column:
 
 
 def query_command(options: Options) -> None:
-    """Print the answer to an SQL question."""
+    """Print the answer to an SQL question as CSV; - reads the SQL from standard input."""
     sql, output = options.words[1], options.last("--output")
     refuse_database(options.path, realpath(output))
     PROGRESS.measure = lambda: ("no row yet", 0.0)
@@ -2074,7 +2074,7 @@ def number_or_text(text: str) -> int | float | str:
 
 
 def retry_command(options: Options) -> None:
-    """Store what insert had to keep; leave what still can't be stored, and say why."""
+    """Store what insert had to keep aside; leave what still can't be stored, and say why."""
     schema = options.schema()
     status = 0
     files = kept_files(options.path)
@@ -2120,7 +2120,7 @@ def is_arriving(path: str) -> bool:
 
 
 def merge_command(options: Options) -> None:
-    """Add the rows of other files; print for each how many were added and how many known."""
+    """Add the rows of other files that this one does not have; print for each how many, and how many are known."""
     schema, count = options.schema(), len(options.others)
     for number, name in enumerate(options.others):
         PROGRESS.measure = lambda number=number: (f"file {number + 1} of {count}", number / count)
@@ -2135,12 +2135,12 @@ def merge_command(options: Options) -> None:
 
 
 def snapshot_command(options: Options) -> None:
-    """Make a consistent, compact copy while others write."""
+    """Make a consistent copy while others write; TARGET may end in .gz or .xz; - is standard output."""
     snapshot(options.path, options.words[1], options.timeout)
 
 
 def migrate_command(options: Options) -> None:
-    """Bring a file to schema.sql; print what that takes."""
+    """Bring a file to the columns of schema.sql; print what that takes."""
     steps = migrate(options.path, options.schema(), options.flags.get("--drop", []), options.fill, options.timeout,
                     "--dry-run" in options.flags)
     write_out([f"{step}\n" for step in steps])
@@ -2185,20 +2185,16 @@ FLAGS = {
     "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }
-# name: (function, words, flags besides the first four, what it does)
-COMMANDS: dict[str, tuple[Callable[[Options], None], str, str, str]] = {
-    "insert": (insert_command, "DATABASE", "--on-conflict --skip-text",
-               "store the JSON objects on standard input as rows"),
-    "insert_manual": (insert_manual_command, "DATABASE", "--null --on-conflict",
-                      "store one row, each column given as a flag"),
-    "query": (query_command, "DATABASE SQL|-", "--param --format --output --null --no-header",
-              "print the answer to an SQL question as CSV; - reads the SQL from standard input"),
-    "retry": (retry_command, "DATABASE", "--skip-text --on-conflict", "store what insert had to keep aside"),
-    "merge": (merge_command, "DATABASE OTHER...", "", "add the rows of other files that this one does not have"),
-    "snapshot": (snapshot_command, "DATABASE TARGET|-", "",
-                 "make a consistent copy while others write; TARGET may end in .gz or .xz; - is standard output"),
-    "migrate": (migrate_command, "DATABASE", "--dry-run --drop --fill", "bring a file to the columns of schema.sql"),
-    "schema": (schema_command, "[DATABASE]", "--format", "print the columns; with a DATABASE also how it differs"),
+# name: (function, whose docstring is shown by --help; words; flags besides the first four)
+COMMANDS: dict[str, tuple[Callable[[Options], None], str, str]] = {
+    "insert": (insert_command, "DATABASE", "--on-conflict --skip-text"),
+    "insert_manual": (insert_manual_command, "DATABASE", "--null --on-conflict"),
+    "query": (query_command, "DATABASE SQL|-", "--param --format --output --null --no-header"),
+    "retry": (retry_command, "DATABASE", "--skip-text --on-conflict"),
+    "merge": (merge_command, "DATABASE OTHER...", ""),
+    "snapshot": (snapshot_command, "DATABASE TARGET|-", ""),
+    "migrate": (migrate_command, "DATABASE", "--dry-run --drop --fill"),
+    "schema": (schema_command, "[DATABASE]", "--format"),
 }
 
 
@@ -2209,7 +2205,7 @@ def flags_of(command: str) -> dict[str, tuple[str, str]]:
 
 
 def command_help(command: str, options: Options) -> str:
-    _, words, _, purpose = COMMANDS[command]
+    function, words, _ = COMMANDS[command]
     flags = flags_of(command)
     rows = [(f"{flag} {takes}", does) for flag, (takes, does) in flags.items()]
     if command == "insert_manual":
@@ -2222,7 +2218,7 @@ def command_help(command: str, options: Options) -> str:
                 rows.append((f"{shown(flag) if ' ' in flag else flag} {kind}", said.get(column.name, "")))
     width = max(len(left) for left, _ in rows if len(left) <= 40)
     lines = [f"  {left:{width}}  {right}".rstrip() for left, right in rows]
-    return "\n".join([f"usage: dbtool.py {command} {words} [FLAG]...", "", purpose, "", *lines, ""])
+    return "\n".join([f"usage: dbtool.py {command} {words} [FLAG]...", "", function.__doc__ or "", "", *lines, ""])
 
 
 def parse(command: str, arguments: list[str]) -> Options:

@@ -47,7 +47,7 @@ def test_commands_print_what_the_readme_says(copy):
 
 
 def test_every_command_and_flag_is_in_the_readme():
-    for command, (_, _, flags, _) in dbtool.COMMANDS.items():
+    for command, (_, _, flags) in dbtool.COMMANDS.items():
         assert f"### {command}\n" in README
         assert [flag for flag in flags.split() if flag not in README] == []
 
