@@ -1019,18 +1019,18 @@ class Input:
         self.copy: Any = io.BytesIO()
         self.part = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
         self.start = self.size = self.done = 0
-        self.ended, self.is_file = stream is None, False
-        if stream:
-            try:
-                self.descriptor = stream.fileno()
-            except OSError:  # it is in memory
-                self.ended = True
-                self.add(stream.buffer.read())
-                return
-            status = os.fstat(self.descriptor)
-            self.is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
-        if self.is_file:  # one without a name, as bash makes for <<<, would vanish
-            self.ended = True
+        self.ended, self.is_file = True, False
+        if not stream:
+            return
+        try:
+            self.descriptor = stream.fileno()
+        except OSError:  # it is in memory
+            self.add(stream.buffer.read())
+            return
+        status = os.fstat(self.descriptor)
+        # One without a name, as bash makes for <<<, would vanish.
+        self.ended = self.is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
+        if self.is_file:
             self.copy = io.FileIO(self.descriptor, closefd=False)
             self.start = self.copy.tell()
             self.size = status.st_size - self.start
@@ -1122,11 +1122,11 @@ class Input:
     def discard(self) -> None:
         """Forget the copy: it is stored, or is elsewhere. That it can't be removed is no reason to fail now."""
         if self.part:
-            for forget in (self.copy.close, lambda: remove(self.part)):
-                try:
-                    forget()
-                except OSError:
-                    pass
+            try:
+                with self.copy:
+                    remove(self.part)
+            except OSError:
+                pass
 
     def keep(self, claim: Claim | None = None) -> str:
         """Bring what is held, and what still comes, to a safe place; return where that is, as a message says it."""
