@@ -70,10 +70,11 @@ STEPS_BETWEEN_CHECKS = 50_000  # SQLite virtual-machine steps: some milliseconds
 class Failure(Exception):
     """Something the user should know: one line that says what, where and what to do, and the exit status."""
 
-    def __init__(self, message: str, status: int = REFUSED, claim: Any = None) -> None:
+    claim: Any = None  # set when COMMIT itself failed: the rows that show whether it did happen
+
+    def __init__(self, message: str, status: int = REFUSED) -> None:
         super().__init__(message)
         self.status = status
-        self.claim = claim  # set when COMMIT itself failed: the rows that show whether it did happen
 
 
 class Misfit(Failure):
@@ -366,6 +367,9 @@ WANTED = {"INTEGER": "a 64-bit integer", "REAL": "a number that a 64-bit float h
           "NUMERIC": "a number, text, an object or an array", "BLOB": "a number, text, an object or an array"}
 
 
+UNFIT = (ValueError, OverflowError, RecursionError)  # how a conversion says that a value does not fit
+
+
 def converter(column: Column, kind: type) -> Converter:
     """Return how a value of type *kind* is stored in *column*, as in FITS; raise ValueError if it is refused."""
     fits = FITS[column.affinity]
@@ -388,7 +392,7 @@ def fit(column: Column, value: Any) -> Any:
         if isinstance(stored, str):
             stored.encode()  # half of a surrogate pair is no text
         return stored
-    except (ValueError, OverflowError, RecursionError) as error:
+    except UNFIT as error:
         wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
         why = (", which has half of a surrogate pair, or a byte that is not UTF-8"
                if isinstance(error, UnicodeEncodeError) else
@@ -405,14 +409,13 @@ def fit_text(column: Column, text: str) -> Any:
     readers: list[Callable[[str], Any]] = [lambda text: json.loads(text, parse_float=finite)]
     if column.affinity != "BLOB" and not text.strip("0123456789+-.eE"):
         readers += [int, finite]  # .5, 1. and +1 are no JSON, but numbers in a column of numbers
-    value: Any = text
     for read in readers:
         try:
             value = read(text)
-            break
         except (ValueError, RecursionError):
-            pass
-    return fit(column, value if isinstance(value, (int, float)) else text)
+            continue
+        return fit(column, value if isinstance(value, (int, float)) else text)
+    return fit(column, text)
 
 
 def shown(value: Any) -> str:
@@ -449,8 +452,6 @@ def scanner() -> Any:
 
     The other half compiles regular expressions when it is imported: a tenth of the time an insert takes.
     """
-    settings = {"strict": True, "parse_float": finite, "parse_int": int, "parse_constant": float,
-                "object_hook": None, "object_pairs_hook": distinct, "memo": {}}
     try:
         from _json import make_scanner
     except ImportError:
@@ -458,6 +459,8 @@ def scanner() -> Any:
 
         decoder: Any = json.JSONDecoder(parse_float=finite, object_pairs_hook=distinct)
         return decoder.scan_once
+    settings = {"strict": True, "parse_float": finite, "parse_int": int, "parse_constant": float,
+                "object_hook": None, "object_pairs_hook": distinct}
     return make_scanner(type("Settings", (), settings))  # type: ignore[arg-type]
 
 
@@ -842,8 +845,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {shown(folded[close[0]])}?" if close else ""
 
 
-# How a conversion, and how SQLite, says that a value does not fit.
-UNFIT = (ValueError, OverflowError, RecursionError)
+# How SQLite says that a value does not fit.
 UNSTORED = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
@@ -1828,11 +1830,10 @@ def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
             if folded.get(name.lower(), name) != name:
                 raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same, so"
                               f" write {name} there")
-    kept = made.keys() - wanted
+    kept = [name for name in made if name not in wanted]
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
-    indexes = [name for name in made if name in kept
-               and any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
+    indexes = [name for name in kept if any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
     empty = [name for name, column in new.items()
              if name not in old and name not in fill and column.needed and not column.nullable]
     if empty and old and scalar(db, f"SELECT EXISTS (SELECT 1 FROM {quote(schema.table)})"):
@@ -1855,7 +1856,7 @@ def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
                 steps.append(f"rewrite table {name}: {count:,} rows")
             elif kind != "table":
                 steps.append(f"replace {kind} {name}")
-    return steps, [made[name] for name in made if name in kept and name not in indexes]
+    return steps, [made[name] for name in kept if name not in indexes]
 
 
 def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> None:
@@ -1954,7 +1955,6 @@ class Options:
         self.conflict = self.last("--on-conflict", "fail")
         self.skip_text = "--skip-text" in flags
         self.timeout = self.seconds(self.last("--timeout", str(LOCK_TIMEOUT_S)))
-        self.params, self.fill = self.pairs("--param"), self.pairs("--fill")
 
     def last(self, flag: str, default: str = "") -> str:
         return self.flags.get(flag, [default])[-1]
@@ -2045,7 +2045,7 @@ def query_command(options: Options) -> None:
             raise Failure("standard input, which should hold the SQL, is closed")
         with SIGNALS:
             sql = sys.stdin.buffer.read().decode(errors="replace")
-    parameters = {name: number_or_text(value) for name, value in options.params.items()}
+    parameters = {name: number_or_text(value) for name, value in options.pairs("--param").items()}
 
     def print_rows(cursor: Cursor) -> None:
         texts = formatted(names_of(cursor), batches(cursor), options.last("--format", "csv"), options.last("--null"),
@@ -2141,8 +2141,8 @@ def snapshot_command(options: Options) -> None:
 
 def migrate_command(options: Options) -> None:
     """Bring a file to the columns of schema.sql; print what that takes."""
-    steps = migrate(options.path, options.schema(), options.flags.get("--drop", []), options.fill, options.timeout,
-                    "--dry-run" in options.flags)
+    steps = migrate(options.path, options.schema(), options.flags.get("--drop", []), options.pairs("--fill"),
+                    options.timeout, "--dry-run" in options.flags)
     write_out([f"{step}\n" for step in steps])
 
 
