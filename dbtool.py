@@ -1417,16 +1417,13 @@ def delimited(names: list[str], batches: Iterable[Batch], delimiter: str, null: 
 def quoted_rows(rows: Iterable[Iterable[Any]], delimiter: str) -> str:
     import csv
 
-    lines: list[str] = []
-
     class Lines:
         @staticmethod
-        def write(line: str) -> None:
-            lines.append(line[:-2] + "\n")
+        def write(line: str) -> str:
+            return line[:-2] + "\n"
 
     # Before Python 3.13, csv quotes a lone carriage return only if it is part of the line's end.
-    csv.writer(Lines, delimiter=delimiter, lineterminator="\r\n").writerows(rows)
-    return "".join(lines)
+    return "".join(map(csv.writer(Lines, delimiter=delimiter, lineterminator="\r\n").writerow, rows))
 
 
 def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: str, after: str) -> Iterator[str]:
