@@ -1489,24 +1489,24 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
 
     It gets the rights of the file *like*, if one is named.
     """
-    if not target and sys.stdout is None:
-        raise Failure("standard output is closed")
     out: Any = None
     part = ""
     try:
         if not target:
+            if sys.stdout is None:
+                raise Failure("standard output is closed")
             out = sys.stdout.buffer
         elif exists(target) and not isfile(target):
             out = open(target, "wb")
         else:
             part, out = new_part(realpath(target))
+            if like:
+                os.chmod(part, os.stat(like).st_mode)
         for text in texts:
             with SIGNALS:  # the reader may be slow
                 write_all(out, text.encode(errors="surrogateescape") if isinstance(text, str) else text)
         out.flush()
         if part:
-            if like:
-                os.chmod(part, os.stat(like).st_mode)
             os.fsync(out.fileno())
             os.replace(part, realpath(target))
     except (OSError, Failure) as error:
@@ -1722,7 +1722,6 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
 
     What is at *target* is replaced. Raises Failure, or OSError.
     """
-    import shutil
     import tempfile
 
     to_stdout = target == "-"
@@ -1747,11 +1746,10 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
         with file:
             os.fchmod(file.fileno(), 0o600)  # until it has the rights of what it copies
             reading(path, copy, timeout, guarded=False)
-            if not to_stdout:  # else it stays private where others may look
-                shutil.copymode(path, part)
             if to_stdout or compressed:
-                write_out(packed(file, target), "" if to_stdout else target, like=part)
+                write_out(packed(file, target), "" if to_stdout else target, like=path)
             else:
+                os.chmod(part, os.stat(path).st_mode)
                 os.fsync(file.fileno())
                 os.replace(part, target)
             if not to_stdout:
