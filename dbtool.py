@@ -786,27 +786,22 @@ def writing(path: str, schema: Schema | None, action: Callable[[Connection], Res
     Raises Failure; if COMMIT failed, its `claim` is what *action* returned: it may come to light all the same.
     """
     deadline = time.monotonic() + timeout
+    claim: Any = None
     try:
         db = sqlite3.connect(file_uri(path) + "?mode=rwc", uri=True, timeout=0, isolation_level=None)
         try:
             db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
             begin_to_write(db, path, schema, deadline)
-            result = action(db)
+            result = claim = action(db)
             db.set_progress_handler(None, 0)  # from here on, a signal comes too late
-            commit(db, path, deadline, result)
+            patiently(db.execute, deadline, "COMMIT")
             return result
         finally:
             PROGRESS.clear()
             db.close()  # without COMMIT, this rolls back
     except sqlite3.Error as error:
-        SIGNALS.check()
-        raise as_failure(error, path) from None
-
-
-def commit(db: Connection, path: str, deadline: float, claim: Any) -> None:
-    try:
-        patiently(db.execute, deadline, "COMMIT")
-    except sqlite3.Error as error:
+        if claim is None:  # it was not COMMIT that failed
+            SIGNALS.check()
         failure = as_failure(error, path)
         failure.claim = claim
         raise failure from None
