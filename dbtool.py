@@ -1173,8 +1173,7 @@ def pieces(file: Any) -> Iterator[bytes]:
 
 def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
     source.seek(start)
-    while size:
-        data = source.read(min(CHUNK_BYTES, size))
+    while data := source.read(min(CHUNK_BYTES, size)):  # less than it was, if another program has shortened a file
         write_all(target, data)
         size -= len(data)
 

@@ -592,6 +592,15 @@ def test_a_claim_whose_input_is_just_arriving_is_left(db_path):
     assert not folder.exists() and count(db_path) == 1
 
 
+def test_a_file_that_is_cut_short_while_it_is_kept_ends_there(tmp_path):
+    (tmp_path / "in.json").write_bytes(GOOD)
+    with open(tmp_path / "in.json") as file:
+        source = dbtool.Input(file, iter([str(tmp_path / "kept.json")]))
+        os.truncate(tmp_path / "in.json", 5)
+        assert source.keep([{"epochs": 1}]) == f"the input is kept in {tmp_path / 'kept.json'}"
+    assert (tmp_path / "kept.json").read_bytes() == GOOD[:5]
+
+
 # COMMIT
 
 
