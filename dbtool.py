@@ -845,7 +845,7 @@ UNSTORED = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.I
 
 
 class Rows:
-    """Records made ready for the table: yields (statement, row), and knows which record it is at."""
+    """Records made ready for the table: `pairs` yields (statement, row), and `number` says which record that is."""
 
     def __init__(self, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str) -> None:
         if on_conflict not in ("fail", "skip", "replace"):
@@ -1209,17 +1209,14 @@ def spare_prefix(path: str) -> str:
 
 
 def kept_files(path: str) -> list[str]:
-    """Return the files kept for the database at *path*, oldest first; of some, only the claim is left."""
+    """Return the files kept for *path*, in each folder the oldest first; of some, only the claim is left."""
     from glob import escape, glob
 
     starts = [join(path + "-kept", "")]
     for folder in (dirname(path), *spare_folders()):
         starts.append(join(folder, spare_prefix(path)))
-    found = set()
-    for start in starts:
-        found.update(glob(escape(start) + "*.json"))
-        found.update(glob(escape(start) + "*.json.claim"))
-    return sorted({name.removesuffix(".claim") for name in found})
+    return sorted({name.removesuffix(".claim") for start in starts for ending in ("", ".claim")
+                   for name in glob(f"{escape(start)}*.json{ending}")})
 
 
 def new_part(path: str) -> tuple[str, io.FileIO]:
