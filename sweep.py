@@ -860,9 +860,9 @@ class Lock:
 class Sweep:
     """All runs of one call: what is done, what failed, and when to stop."""
 
-    def __init__(self, path: str, name: str, schema: Schema, runs: list[Run], command: Command,
+    def __init__(self, path: str, schema: Schema, runs: list[Run], command: Command,
                  options: argparse.Namespace) -> None:
-        self.path, self.name, self.schema, self.command, self.options = path, name, schema, command, options
+        self.path, self.name, self.schema, self.command, self.options = path, options.database, schema, command, options
         self.total = len(runs)
         self.waiting = collections.deque(runs)
         self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
@@ -1232,10 +1232,33 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
     return axes
 
 
+def run_missing(path: str, schema: Schema, command: Command, options: argparse.Namespace,
+                from_plan: Callable[[Callable[[Plan], Any]], Any]) -> int:
+    """Store what was kept earlier, then run what the plan still lacks, as the one sweep at work; return the status."""
+    name = options.database
+    lock = Lock(path)
+    try:
+        if dbtool.kept_files(path):
+            status = dbtool.main(["retry", name, *schema_flags(options)])
+            if status >= dbtool.TRY_AGAIN:
+                return dbtool.TRY_AGAIN
+            if status:
+                say(f"{name}: the runs of what is still kept count as missing")
+        runs, combinations, unnumbered = from_plan(
+            lambda plan: (plan.missing(options.order), plan.combinations(), plan.unnumbered()))
+        if not runs:
+            say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
+            return 0
+        if unnumbered and (options.call or "sample" in command.braced):
+            say(f"{name}: rows there without metadata.sample, {unnumbered:,}, are taken for the first samples")
+        return Sweep(path, schema, runs, command, options).go()
+    finally:
+        lock.release()
+
+
 def sweep(options: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line says; return the exit status."""
-    path, name = os.path.realpath(options.database), options.database
-    schema = dbtool.read_schema(options.schema, options.table)
+    path, schema = os.path.realpath(options.database), dbtool.read_schema(options.schema, options.table)
     if not options.dry_run and bool(words) == bool(options.call):
         raise Failure("give a command after --, or --call MODULE:FUNCTION" + ", not both" * bool(words), dbtool.USAGE)
     with dbtool.SIGNALS:
@@ -1257,24 +1280,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
         return 0
     if not os.path.isdir(os.path.dirname(path)):
         raise Failure(f"there is no folder {os.path.dirname(path)}; make it first")
-    lock = Lock(path)
-    try:
-        if dbtool.kept_files(path):
-            status = dbtool.main(["retry", name, *schema_flags(options)])
-            if status >= dbtool.TRY_AGAIN:
-                return dbtool.TRY_AGAIN
-            if status:
-                say(f"{name}: the runs of what is still kept count as missing")
-        runs, combinations, unnumbered = from_plan(
-            lambda plan: (plan.missing(options.order), plan.combinations(), plan.unnumbered()))
-        if not runs:
-            say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
-            return 0
-        if unnumbered and (options.call or "sample" in command.braced):
-            say(f"{name}: rows there without metadata.sample, {unnumbered:,}, are taken for the first samples")
-        return Sweep(path, name, schema, runs, command, options).go()
-    finally:
-        lock.release()
+    return run_missing(path, schema, command, options, from_plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
