@@ -195,7 +195,8 @@ class Column:
 
     def in_words(self) -> str:
         default = "" if self.default is None else f" DEFAULT {' '.join(self.default.split())}"
-        return f"{self.type}{'' if self.nullable else ' NOT NULL'}{default}".strip() or "any type"
+        key = " PRIMARY KEY" if self.key else ""
+        return f"{self.type}{'' if self.nullable else ' NOT NULL'}{key}{default}".strip() or "any type"
 
 
 class Schema:
@@ -206,6 +207,7 @@ class Schema:
         self.made = made  # (type, name, CREATE statement) in the file's order
         self.columns = list(by_name.values())
         self.key = [column for column in self.columns if column.key]
+        (self.sql,) = (sql for kind, name, sql in made if kind == "table" and name == table)
 
 
 # By what a declared type contains, the first that does: sqlite.org/datatype3.html, section 3.1.
@@ -290,11 +292,10 @@ def essence(sql: str) -> list[str]:
 
 def descriptions(schema: Schema) -> dict[str, str]:
     """Return what the comments in schema.sql say of each column: the `--` that ends its definition."""
-    (sql,) = (sql for kind, name, sql in schema.made if kind == "table" and name == schema.table)
     found: dict[str, str] = {}
     depth, column, before = 0, "", "\n"
     is_name = False  # whether the next word is a column's name
-    for token in tokens(sql):
+    for token in tokens(schema.sql):
         if token in "(,)":
             depth += {"(": 1, ")": -1, ",": 0}[token]
             is_name = depth == 1 and token != ")"
@@ -733,8 +734,9 @@ def begin_to_write(db: Connection, path: str, schema: Schema | None, deadline: f
     patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
     patiently(db.execute, deadline, "BEGIN IMMEDIATE")
     if schema and is_empty(db, schema):
-        for _, _, sql in schema.made:
-            db.execute(sql)
+        for _, name, sql in schema.made:
+            if not scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = ?", [name]):
+                db.execute(sql)  # else it came with a virtual table
     if network:
         report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
                " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
@@ -769,15 +771,35 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
     """Raise Failure if rows made for *schema* do not fit a table with the columns *found*."""
     if not found:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
+    check_case(found, schema.by_name, schema)
+    mend = f"python3 dbtool.py migrate DATABASE --schema {for_shell(schema.path)}"
     lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
-        raise Failure(f"has no column {lacking}; add it with:"
-                      f" python3 dbtool.py migrate DATABASE --schema {for_shell(schema.path)}")
+        raise Failure(f"has no column {lacking}; add it with: {mend}")
+    check_types(found, schema, f"change the file with: {mend}")
     for name, column in found.items():
         if name not in schema.by_name and column.needed and not column.nullable:
             raise Failure(f"needs column {name}, which {schema.path} lacks;"
                           " add it there, or drop it with:"
                           f" python3 dbtool.py migrate DATABASE --drop {for_shell(name)}")
+
+
+def check_types(found: Mapping[str, Column], schema: Schema, mend: str) -> None:
+    """Raise Failure if a column *found* has a type that would change values as it stores them."""
+    for name, column in found.items():
+        wanted = schema.by_name.get(name, column)
+        if column.affinity != wanted.affinity:
+            raise Failure(f"column {name} is {column.type or 'of no type'}, but {wanted.type or 'of no type'} in"
+                          f" {schema.path}; write there what it is, or {mend}")
+
+
+def check_case(names: Iterable[str], wanted: Iterable[str], schema: Schema) -> None:
+    """Raise Failure if one of the *names* in a file is *wanted* in other upper or lower case by the schema."""
+    folded = {name.lower(): name for name in wanted}
+    for name in names:
+        if folded.get(name.lower(), name) != name:
+            raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same, so"
+                          f" write {name} there")
 
 
 def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
@@ -807,13 +829,17 @@ def writing(path: str, schema: Schema | None, action: Callable[[Connection], Res
         raise failure from None
 
 
-def insert_statement(table: str, names: Iterable[str], on_conflict: str) -> str:
+def insert_statement(schema: Schema, names: Iterable[str], on_conflict: str) -> str:
+    # A constraint may say by itself to drop or replace rows. OR ABORT overrules it, but also what triggers say.
+    rule = (" OR REPLACE" if on_conflict == "replace" else
+            " OR ABORT" if "CONFLICT" in schema.sql.upper() else "")
     # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
     columns = list(map(quote, names))
+    into = f"INSERT{rule} INTO {quote(schema.table)}"
     if not columns:
-        return f"INSERT INTO {quote(table)} DEFAULT VALUES"
-    return (f"INSERT{' OR REPLACE' * (on_conflict == 'replace')} INTO {quote(table)} ({', '.join(columns)})"
-            f" VALUES ({', '.join('?' * len(columns))}){' ON CONFLICT DO NOTHING' * (on_conflict == 'skip')}")
+        return f"{into} DEFAULT VALUES"
+    return (f"{into} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+            f"{' ON CONFLICT DO NOTHING' * (on_conflict == 'skip')}")
 
 
 def check_names(schema: Schema, names: Collection[str]) -> None:
@@ -882,7 +908,7 @@ class Rows:
             convert = converter(self.schema.by_name[name], type(value))
             if convert:
                 conversions.append((index, convert))
-        return insert_statement(self.schema.table, record, self.on_conflict), conversions
+        return insert_statement(self.schema, record, self.on_conflict), conversions
 
     def refusal(self, error: Exception) -> Misfit:
         """Return what is wrong with the record, by what SQLite or a conversion said of it."""
@@ -936,7 +962,7 @@ class Rows:
                 is_made = is_made or row[column.name] != another
         key = {column.name: row[column.name] for column in schema.key if row.get(column.name) is not None}
         known = key and self.on_conflict == "replace" and holds(db, schema, [key])
-        cursor = db.execute(insert_statement(schema.table, row, self.on_conflict), list(row.values()))
+        cursor = db.execute(insert_statement(schema, row, self.on_conflict), list(row.values()))
         if known or not cursor.rowcount:
             return {}
         if not key or len(key) < len(schema.key):
@@ -1178,11 +1204,14 @@ def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
         size -= len(data)
 
 
-def kept_places(path: str) -> Iterator[str]:
+TEXT_TOO = ".text.json"  # how the name of a kept file ends that came with --skip-text
+
+
+def kept_places(path: str, skip_text: bool = False) -> Iterator[str]:
     """Yield where input for the database at *path* can be kept: beside it, here, or with temporary files."""
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z"
-    name += f"-{os.uname().nodename}-{os.getpid()}.json"
+    name += f"-{os.uname().nodename}-{os.getpid()}{TEXT_TOO if skip_text else '.json'}"
     if path:
         yield join(path + "-kept", name)
     for folder in spare_folders():
@@ -1344,7 +1373,10 @@ class Percentile(Numbers):
         if not around:
             return None
         low, high = around[0], around[-1]
-        return low + (high - low) * part if part and low < high else low
+        if not part or low == high:
+            return low
+        between = (high - low) * part
+        return low + between if between - between == 0 else low * (1 - part) + high * part  # beyond the largest float
 
 
 class Stddev(Numbers):
@@ -1512,12 +1544,23 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
             remove(part)
 
 
-def refuse_database(path: str, target: str) -> None:
-    """Raise Failure if writing *target* would destroy a database: the one at *path*, its parts, or another."""
+def refuse_database(target: str) -> None:
+    """Raise Failure if the file at *target* is a database."""
     if isfile(target):
         with open(target, "rb") as file:
-            if file.read(16) == b"SQLite format 3\0" or target in (path + "-wal", path + "-shm"):
+            if file.read(16) == b"SQLite format 3\0":
                 raise Failure(f"{target} is a database; name another file for the output")
+
+
+def output_path(target: str) -> str:
+    """Return where *target* is; raise Failure if it can only be a folder, or is what SQLite keeps beside a database."""
+    path = realpath(target)
+    if target.endswith("/"):
+        raise Failure(f"{target} is a folder; name a file in it")
+    for ending in ("-wal", "-shm", "-journal"):
+        if path.endswith(ending) and isfile(path.removesuffix(ending)):
+            raise Failure(f"{target} belongs to the database {path.removesuffix(ending)}; name another file")
+    return path
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -1631,8 +1674,11 @@ def why_unanswered(db: Connection, said: str) -> str:
         return f"query only reads, and this SQL would do more ({said})"
     if "no such column" in said or "no such table" in said:
         names: list[str] = []
-        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"):
-            names += [name, *columns_of(db, name)]
+        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
+            try:
+                names += [name, *columns_of(db, name)]
+            except sqlite3.OperationalError:  # a view of what is no longer there
+                pass
         is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
         return said + (nearest(said.rpartition(": ")[2], names) or is_text)
     if "binding" in said:
@@ -1675,8 +1721,8 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if exists(path) and os.path.samefile(path, source):
             raise Failure("is the very file to merge into")
         made = [column.name for column in schema.columns if column.generated]
-        names = [name for name, column in columns_of(db, schema.table).items()
-                 if not column.generated and name not in made]
+        columns = columns_of(db, schema.table)
+        names = [name for name, column in columns.items() if not column.generated and name not in made]
         if not names:
             raise Failure(f"has no table {schema.table}")
         for column in schema.key:
@@ -1685,6 +1731,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
+        check_types(columns, schema, "bring a copy of it to the schema")
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
     def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
@@ -1716,7 +1763,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
     import tempfile
 
     to_stdout = target == "-"
-    path, target = realpath(path), target if to_stdout else realpath(target)
+    path, target = realpath(path), target if to_stdout else output_path(target)
     if not to_stdout and exists(target):
         if exists(path) and os.path.samefile(path, target):
             raise Failure("is the very file to copy")
@@ -1731,6 +1778,7 @@ def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
     def copy(db: Connection) -> None:
         size = os.path.getsize(path)
         PROGRESS.measure = lambda: ("copying", os.path.getsize(part) / size)
+        patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")  # says what is damaged
         patiently(db.execute, time.monotonic() + timeout, "VACUUM INTO ?", (file_uri(part),))
 
     try:
@@ -1776,7 +1824,7 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
     """Bring the file at *path* to *schema* in one transaction; return what was done, or with *dry_run* what would be.
 
     *drop* names the columns to drop; *fill* says, as text, what rows get in a new column, or for NULL
-    in one. Raises Failure.
+    in one that is NOT NULL now. Raises Failure.
     """
     path = realpath(path)
     if not isfile(path):
@@ -1810,15 +1858,14 @@ def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
     old, new = columns_of(db, schema.table), schema.by_name
     made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
     wanted = [name for _, name, _ in schema.made]
-    for names, others in (old, new), (made, wanted):
-        folded = {name.lower(): name for name in others}
-        for name in names:
-            if folded.get(name.lower(), name) != name:
-                raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same, so"
-                              f" write {name} there")
+    check_case(old, new, schema)
+    check_case(made, wanted, schema)
     kept = [name for name in made if name not in wanted]
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
+    for name in fill:
+        if name in old and new[name].nullable:
+            raise Failure(f"--fill {name}: is for a column that is new, or NOT NULL now", USAGE)
     indexes = [name for name in kept if any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
     empty = [name for name, column in new.items()
              if name not in old and name not in fill and column.needed and not column.nullable]
@@ -1858,14 +1905,16 @@ def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> Non
 
 def check_values(db: Connection, table: str, old: Column, new: Column) -> None:
     """Raise Failure if a value would not be the same in the new type of its column, as a round trip tells."""
-    if new.affinity in (old.affinity, "NUMERIC", "BLOB") or new.generated:
+    if new.affinity in (old.affinity, "BLOB") or new.generated:
         return
     value = f"+{quote(new.name)}"  # a plus, so that comparing does not convert
     there = f"+CAST({value} AS {new.affinity})"
+    # A NUMERIC column takes any text, but makes a number of what reads as one, as this comparison does.
+    converted = f"CAST({value} AS NUMERIC) = {value}" if new.affinity == "NUMERIC" else "1"
     ((example, count),) = db.execute(
         f"SELECT {value}, count(*) FROM {quote(table)} WHERE {there} IS NOT {value}"
         f" AND +CAST({there} AS {old.affinity}) IS NOT {value}"
-        f" AND +CAST(CAST({there} AS INTEGER) AS TEXT) IS NOT {value}"
+        f" AND +CAST(CAST({there} AS INTEGER) AS TEXT) IS NOT {value} AND {converted}"
     ).fetchall()
     if count:
         raise Failure(f"column {new.name}: {count} values do not fit {new.type} without a change, such as"
@@ -1895,6 +1944,11 @@ def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[M
         db.execute(f"DROP TABLE {quote(before)}")
     others = [made for made in (*own, *schema.made) if made[0] != "table"]
     tries = [(kind, name, f"SELECT * FROM {quote(name)} LIMIT 0") for kind, name, _ in others if kind == "view"]
+    triggers = ", ".join(name for kind, name, _ in others if kind == "trigger")
+    columns = ", ".join(f"{quote(column.name)} = NULL" for column in schema.columns if not column.generated)
+    tries += [("trigger", triggers, f"EXPLAIN {change}") for change in (
+        f"INSERT INTO {quote(table)} DEFAULT VALUES", f"UPDATE {quote(table)} SET {columns}",
+        f"DELETE FROM {quote(table)}") if triggers]
     for kind, name, sql in others + tries:
         try:
             db.execute(sql).fetchall()
@@ -1968,9 +2022,8 @@ class Options:
 def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
     """Return the command that stores what an insert into the file *name*, with *flags*, kept."""
     given = []
-    for flag in ("--schema", "--table", "--skip-text", "--on-conflict"):
-        value = flags.get(flag, [""])[-1]
-        if value or (flag in flags and not FLAGS[flag][0]):
+    for flag in ("--schema", "--table", "--on-conflict"):
+        if value := flags.get(flag, [""])[-1]:
             given += [flag, value]
     words = [*given, "--", name] if name.startswith("-") else [name, *given]
     return " ".join(["python3 dbtool.py retry", *(for_shell(word) for word in words if word)])
@@ -1978,7 +2031,7 @@ def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
 
 def insert_command(options: Options) -> None:
     """Store the JSON objects on standard input as rows, all of them or none."""
-    source = Input(sys.stdin, kept_places(options.path))
+    source = Input(sys.stdin, kept_places(options.path, options.skip_text))
     try:
         source.read(options.skip_text)
         rows = Rows(options.schema(), records(source.chunks(), options.skip_text), options.conflict)
@@ -2022,7 +2075,7 @@ def flag_column(schema: Schema, flag: str) -> Column:
 def query_command(options: Options) -> None:
     """Print the answer to an SQL question as CSV; - reads the SQL from standard input."""
     sql, output = options.words[1], options.last("--output")
-    refuse_database(options.path, realpath(output))
+    refuse_database(output_path(output))
     PROGRESS.measure = lambda: ("no row yet", 0.0)
     if not output and not is_file(sys.stdout):
         PROGRESS.next = float("inf")  # the rows may go to the same terminal
@@ -2089,7 +2142,8 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
 
     try:
         with open(path, "rb") as file:
-            rows = Rows(schema, records(pieces(file), options.skip_text), options.conflict)
+            skip_text = options.skip_text or path.endswith(TEXT_TOO)
+            rows = Rows(schema, records(pieces(file), skip_text), options.conflict)
             store(options.path, rows, options.timeout, is_stored, lambda claim: write_claim(path, claim))
     except FileNotFoundError:  # another retry has stored it, or one that was stopped between the two removals
         if is_arriving(path):
@@ -2167,7 +2221,7 @@ FLAGS = {
     "--no-header": ("", "leave out the line with the columns' names"),
     "--dry-run": ("", "print what would be done, and do nothing"),
     "--drop": ("COLUMN", "drop COLUMN, which the schema no longer has; may be repeated"),
-    "--fill": ("COLUMN=VALUE", "what old rows get in a new column, or for NULL in one; may be repeated"),
+    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or for NULL in one that is NOT NULL now; may be repeated"),
     "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }
@@ -2274,7 +2328,7 @@ def keep_unread(arguments: list[str]) -> str:
         path = realpath(name) if name else ""
     except OSError:  # the working directory is gone
         name = path = ""
-    source = Input(sys.stdin, kept_places(path))
+    source = Input(sys.stdin, kept_places(path, "--skip-text" in flags))
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
     if not where.startswith("the input is kept"):
         return where

@@ -74,6 +74,55 @@ def test_on_conflict(call, expect_success, rows, db_path):
     assert rows(db_path, "SELECT id, epochs, metadata FROM results") == [["a", "2", '{"new":true}'], ["b", "1", "{}"]]
 
 
+@pytest.mark.parametrize("rule", ["IGNORE", "REPLACE", "ROLLBACK"])
+def test_a_rule_of_the_table_does_not_drop_rows(call, expect_success, rows, db_path, tmp_path, rule):
+    (tmp_path / "s.sql").write_text(f"CREATE TABLE t (k INTEGER UNIQUE ON CONFLICT {rule}, v REAL NOT NULL ON CONFLICT {rule})")
+    schema = ("--schema", "s.sql")
+    expect_success("insert", db_path, *schema, stdin={"k": 1, "v": 1})
+    for bad in [{"k": 2, "v": 2}, {"k": 1, "v": 3}], [{"k": 2, "v": 2}, {"k": 2, "v": 3}]:
+        result = call("insert", db_path, *schema, stdin=bad)
+        assert result.status == 1 and "record 2: UNIQUE constraint failed: t.k" in result.err
+    expect_success("insert", db_path, *schema, "--on-conflict", "skip", stdin=[{"k": 1, "v": 4}, {"k": 2, "v": 4}])
+    assert rows(db_path, "SELECT k, v FROM t") == [["1", "1.0"], ["2", "4.0"]]
+    expect_success("insert", db_path, *schema, "--on-conflict", "replace", stdin={"k": 2, "v": 5})
+    assert rows(db_path, "SELECT k, v FROM t") == [["1", "1.0"], ["2", "5.0"]]
+
+
+def test_what_a_trigger_does_on_a_conflict_is_its_own_affair(expect_success, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("""CREATE TABLE t (a TEXT); CREATE TABLE names (a TEXT UNIQUE);
+        CREATE TRIGGER note AFTER INSERT ON t BEGIN INSERT OR IGNORE INTO names VALUES (NEW.a); END;""")
+    expect_success("insert", db_path, "--schema", "s.sql", "--table", "t", stdin=[{"a": "x"}, {"a": "x"}])
+    assert rows(db_path, "SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM names)") == [["2", "1"]]
+
+
+@pytest.mark.parametrize(("made", "said"), [
+    ("n INTEGER, x REAL, name INTEGER", "column name is INTEGER, but TEXT in s.sql; write there what it is, or change"),
+    ("n TEXT, x REAL, name TEXT", "column n is TEXT, but INTEGER in s.sql; write there what it is, or change the file"),
+    ("n INTEGER, x, name TEXT", "column x is of no type, but REAL in s.sql; write there what it is, or change the file"),
+    ("N INTEGER, x REAL, name TEXT", "N is n in s.sql; for SQLite these are the same, so write N there")])
+def test_a_file_whose_types_would_change_values_is_refused(expect_failure, db_path, tmp_path, made, said):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (n INT, x REAL, name TEXT);".replace("INT", "INTEGER"))
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.execute(f"CREATE TABLE t ({made})")
+    message = expect_failure("insert", db_path, "--schema", "s.sql", stdin={"n": 5, "x": 1, "name": "007"})
+    assert said in message and "the input is kept in" in message
+
+
+def test_the_same_kind_of_type_by_another_name_is_no_difference(expect_success, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (n INTEGER, x REAL, name TEXT)")
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.execute("CREATE TABLE t (n BIGINT, x DOUBLE, name VARCHAR(20))")
+    expect_success("insert", db_path, "--schema", "s.sql", stdin={"n": 5, "x": 1, "name": "007"})
+    assert rows(db_path, "SELECT * FROM t") == [["5", "1.0", "007"]]
+
+
+def test_a_virtual_table_beside_the_results(expect_success, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (a TEXT); CREATE VIRTUAL TABLE words USING fts5 (a);")
+    for name in "xy":
+        expect_success("insert", db_path, "--schema", "s.sql", "--table", "t", stdin={"a": name})
+    assert rows(db_path, "SELECT a FROM t") == [["x"], ["y"]]
+
+
 def test_skip_text_passes_text_on(call, rows, db_path):
     result = call("insert", db_path, "--skip-text", stdin=b"epoch 1\nepoch 2\n" + json.dumps(RECORD).encode() + b"\nbye")
     assert (result.status, result.out, result.err) == (0, "", "epoch 1\nepoch 2\nbye\n")

@@ -474,8 +474,12 @@ def test_the_message_names_the_real_place_through_a_symlink(tmp_path):
 def test_the_advice_repeats_what_retry_needs(db_path, tmp_path):
     (tmp_path / "my schema.sql").write_text("CREATE TABLE t (a INTEGER DEFAULT 1)")
     done = process("insert", "results.db", "--schema", "my schema.sql", "--skip-text", stdin=b'chatter\n{"a": "x"}')
-    assert done.stderr.endswith(b"run: python3 dbtool.py retry results.db --schema 'my schema.sql' --skip-text\n")
+    assert done.stderr.endswith(b"run: python3 dbtool.py retry results.db --schema 'my schema.sql'\n")
     assert process("insert", "results.db", "--schema", "my schema.sql", stdin=b"{}{}").returncode == 0
+    [file] = kept(db_path)
+    file.write_bytes(file.read_bytes().replace(b'"x"', b"2"))
+    done = process("retry", "results.db", "--schema", "my schema.sql")  # it knows which files may hold text
+    assert (done.returncode, done.stderr) == (0, b"") and not kept(db_path)
 
 
 def test_typed_on_a_terminal_one_end_of_file_is_enough(db_path, tmp_path):

@@ -178,6 +178,17 @@ def test_aggregates_of_the_infinite(expect_success, filled):
     assert expect_success("query", filled, sql, "--no-header") == "inf,\n"
 
 
+def test_aggregates_of_the_largest(expect_success, filled):
+    sql = "SELECT median(x), percentile(x, 0), percentile(x, 75) FROM (SELECT 1e308 AS x UNION ALL SELECT -1e308)"
+    assert expect_success("query", filled, sql, "--no-header") == "0.0,-1e+308,5e+307\n"
+
+
+def test_a_broken_view_does_not_hide_the_mistake(expect_failure, filled):
+    with contextlib.closing(sqlite3.connect(filled)) as db:
+        db.execute("CREATE VIEW broken AS SELECT lost FROM nowhere")
+    assert 'no such column: epoch; did you mean "epochs"?' in expect_failure("query", filled, "SELECT epoch FROM results")
+
+
 def test_param_too_large(expect_failure, filled):
     assert "too large" in expect_failure("query", filled, "SELECT :n", "--param", f"n={2**63}")
 
@@ -214,13 +225,19 @@ def test_output_appears_whole_or_not_at_all(expect_success, expect_failure, fill
     assert expect_success("query", filled, "SELECT 2 AS a", "--output", "out.csv") == ""
 
 
-@pytest.mark.parametrize("name", ["results.db", "link.db", "other.db", "results.db-wal"])
-def test_output_does_not_destroy_a_database(expect_failure, filled, tmp_path, name):
+@pytest.mark.parametrize(("name", "said"), [
+    ("results.db", "is a database; name another file"), ("link.db", "is a database; name another file"),
+    ("other.db", "is a database; name another file"), ("results.db-wal", "results.db-wal belongs to the database /"),
+    ("results.db-shm", "belongs to the database /"), ("results.db-journal", "belongs to the database /"),
+    ("other.db-wal", "other.db; name another file"), ("out/", "out/ is a folder; name a file in it")])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_output_does_not_destroy_a_database(expect_failure, filled, tmp_path, name, said, is_there):
     (tmp_path / "link.db").symlink_to(filled)
     (tmp_path / "other.db").write_bytes(filled.read_bytes())
-    (tmp_path / "results.db-wal").touch()
+    if is_there and "-" in name:
+        (tmp_path / name).touch()
     before = snapshot_of(tmp_path)
-    assert "is a database; name another file" in expect_failure("query", filled, "SELECT 1", "--output", name)
+    assert said in expect_failure("query", filled, "SELECT 1", "--output", name)
     assert snapshot_of(tmp_path) == before
 
 

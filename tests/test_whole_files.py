@@ -84,12 +84,34 @@ def test_snapshot_replaces_an_older_one(expect_success, db_path, tmp_path):
 @pytest.mark.parametrize(("source", "target", "said"), [
     ("none.db", "copy.db", "there is no such file"), ("text.db", "copy.db.gz", "is not an SQLite database"),
     ("results.db", "none/copy.db", "No such file or directory"), ("results.db", "results.db", "is the very file to copy"),
-    ("results.db", ".", "is a folder or device"), ("results.db", "/dev/null", "is a folder or device")])
+    ("results.db", ".", "is a folder or device"), ("results.db", "/dev/null", "is a folder or device"),
+    ("results.db", "new/", "new/ is a folder; name a file in it"), ("cut.db", "copy.db", "is damaged; save what it holds"),
+    ("results.db", "results.db-wal", "results.db-wal belongs to the database /"),
+    ("results.db", "text.db-journal", "text.db-journal belongs to the database /")])
 def test_a_snapshot_that_fails_leaves_nothing(expect_success, expect_failure, db_path, tmp_path, source, target, said):
     expect_success("insert", db_path, stdin=RECORD)
     (tmp_path / "text.db").write_text("no database " * 100)
+    (tmp_path / "cut.db").write_bytes(db_path.read_bytes()[:4096])
     assert said in expect_failure("snapshot", source, target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.db", "text.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.db", "results.db", "text.db"]
+
+
+@pytest.mark.parametrize("name", ["copy.db", "copy.db.gz"])
+def test_a_snapshot_is_as_private_as_its_source_while_it_grows(expect_success, db_path, tmp_path, monkeypatch, name):
+    expect_success("insert", db_path, stdin=RECORD)
+    db_path.chmod(0o640)
+    modes = set()
+
+    def spying(file, target):
+        for data in packed(file, target):
+            modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob(".*.part"))
+            yield data
+
+    packed = dbtool.packed
+    monkeypatch.setattr(dbtool, "packed", spying)
+    expect_success("snapshot", db_path, name)
+    assert modes == ({0o600, 0o640} if name.endswith(".gz") else set())
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
 
 
 def test_snapshot_to_a_database_in_use(expect_success, expect_failure, db_path, tmp_path):
@@ -193,6 +215,15 @@ def test_merge_refuses(expect_success, expect_failure, db_path, tmp_path, other,
     assert said in expect_failure("merge", db_path, other)
     assert not list(tmp_path.glob("*-wal")) and not list(tmp_path.glob("*-shm"))
     assert sql(db_path, "SELECT count(*) FROM results") == [(1,)]
+
+
+def test_merge_refuses_other_types(expect_success, expect_failure, db_path, tmp_path):
+    for name, kind in ("text", "TEXT"), ("real", "REAL"):
+        (tmp_path / f"{name}.sql").write_text(f"CREATE TABLE t (k TEXT PRIMARY KEY, x {kind})")
+    expect_success("insert", "other.db", "--schema", "text.sql", stdin={"k": "a", "x": "007"})
+    message = expect_failure("merge", db_path, "other.db", "--schema", "real.sql")
+    assert "other.db: column x is TEXT, but REAL in real.sql; write there what it is, or bring a copy of it to" in message
+    assert not db_path.exists()
 
 
 def test_merge_composite_key(expect_success, db_path, tmp_path):
@@ -362,6 +393,10 @@ def test_migrate_that_keeps_no_column_keeps_the_rows(expect_success, db_path, tm
     ("x", "x REAL", [2**53 + 1], "do not fit REAL without a change"),
     ("x TEXT", "x INTEGER", ["007"], "do not fit INTEGER without a change"),
     ("x TEXT", "x REAL", ["1e3x"], "do not fit REAL without a change"),
+    ("x TEXT", "x DECIMAL", ["007"], "do not fit DECIMAL without a change"),
+    ("x TEXT", "x DATE", ["abc", "1e3"], "column x: 1 values do not fit DATE without a change, such as \"1e3\""),
+    ("x TEXT", "x NUMERIC", ["12345678901234567890"], "do not fit NUMERIC without a change"),
+    ("x", "x DATE", ["0012", 5, "1.0"], "column x: 2 values do not fit DATE without a change"),
     ("x REAL", "x REAL AS (1.0)", [77.0], "--drop x"),
     ("x REAL", "X REAL", [1.0], "x is X in new.sql; for SQLite these are the same"),
 ])
@@ -378,7 +413,9 @@ def test_migrate_changes_no_row_and_no_value(expect_success, expect_failure, db_
 @pytest.mark.parametrize(("old", "new", "value", "expected"), [
     ("x INTEGER", "x REAL", 10, 10.0), ("x INTEGER", "x TEXT", 10, "10"), ("x TEXT", "x REAL", "1", 1.0),
     ("x TEXT", "x REAL", "1.5", 1.5), ("x REAL", "x INTEGER", 10.0, 10), ("x", "x INTEGER", 7, 7),
-    ("x REAL", "x", 1.5, 1.5), ("x TEXT", "x INTEGER", None, None)])
+    ("x REAL", "x", 1.5, 1.5), ("x TEXT", "x INTEGER", None, None), ("x TEXT", "x DATE", "2026-11-23", "2026-11-23"),
+    ("x TEXT", "x NUMERIC", "10", 10), ("x TEXT", "x NUMERIC", "1.5", 1.5), ("x", "x NUMERIC", b"1", b"1"),
+    ("x", "x NUMERIC", 1.5, 1.5), ("x INTEGER", "x NUMERIC", 2**53 + 1, 2**53 + 1), ("x REAL", "x NUMERIC", 1e300, 1e300)])
 def test_migrate_retypes(expect_success, db_path, tmp_path, old, new, value, expected):
     sql(db_path, f"CREATE TABLE t ({old}, k)")
     sql(db_path, "INSERT INTO t VALUES (?, 1)", value)
@@ -412,6 +449,41 @@ def test_migrate_drops_the_index_of_a_dropped_column(expect_success, expect_fail
     sql(db_path, "DROP VIEW v")
     out = expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "h")
     assert out.splitlines()[:2] == ["drop column h", "drop index ih"]
+
+
+@pytest.mark.parametrize("event", ["INSERT", "UPDATE OF a", "UPDATE", "DELETE"])
+def test_migrate_refuses_what_would_break_a_trigger(expect_success, expect_failure, db_path, tmp_path, event):
+    sql(db_path, "CREATE TABLE t (a TEXT, h TEXT)")
+    sql(db_path, "CREATE TABLE log (what)")
+    row = "OLD" if event == "DELETE" else "NEW"
+    sql(db_path, f"CREATE TRIGGER own AFTER {event} ON t BEGIN INSERT INTO log VALUES ({row}.h); END")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT)")
+    message = expect_failure("migrate", db_path, "--schema", "new.sql", "--drop", "h")
+    assert "trigger own would not work any more: " in message and message.endswith("; change or drop it first\n")
+    sql(db_path, "DROP TRIGGER own")
+    sql(db_path, f"CREATE TRIGGER own AFTER {event.partition(' ')[0]} ON t BEGIN INSERT INTO log VALUES ({row}.a); END")
+    expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "h")
+    sql(db_path, "INSERT INTO t VALUES ('x')")
+    sql(db_path, "UPDATE t SET a = 'x'")
+    sql(db_path, "DELETE FROM t")
+    assert sql(db_path, "SELECT what FROM log") == [("x",)]
+
+
+def test_fill_is_for_what_the_schema_demands(expect_success, expect_failure, db_path, tmp_path):
+    sql(db_path, "CREATE TABLE t (a TEXT, b TEXT)")
+    sql(db_path, "INSERT INTO t VALUES (NULL, NULL)")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT, b TEXT NOT NULL, c TEXT)")
+    message = expect_failure("migrate", db_path, "--schema", "new.sql", "--fill", "a=x", "--fill", "b=y", status=2)
+    assert "--fill a: is for a column that is new, or NOT NULL now" in message
+    expect_success("migrate", db_path, "--schema", "new.sql", "--fill", "b=y", "--fill", "c=z")
+    assert sql(db_path, "SELECT * FROM t") == [(None, "y", "z")]
+
+
+def test_schema_shows_another_key(expect_success, db_path, tmp_path):
+    sql(db_path, "CREATE TABLE t (k TEXT NOT NULL, v TEXT)")
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (k TEXT NOT NULL PRIMARY KEY, v TEXT)")
+    out = expect_success("schema", db_path, "--schema", "s.sql", "--format", "csv")
+    assert out.splitlines()[1:] == ["k,TEXT,yes,,,TEXT NOT NULL", "v,TEXT,yes,,,same"]
 
 
 @pytest.mark.parametrize("old, new, rows, flags, said", [
