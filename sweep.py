@@ -72,6 +72,7 @@ FAILURES_NAMED = 10
 LAST_WORDS = 100  # characters of a failed job's last line on standard error
 LAUNCHERS = ("srun: ", "slurmstepd: ")  # what they say of a job that failed stands after the job's own last words
 NO_RESULT = "it printed no JSON object"
+NO_OBJECT = "holds no JSON object; write one for each combination of parameters"
 STOPPED = "ended, since the sweep was stopped"
 STOPPING = {**dbtool.STOPPING, signal.SIGUSR1: "SIGUSR1"}  # Slurm can send the last before its time limit
 TOKEN = "DBTOOL_SWEEP"  # an environment variable by which a sweep knows the processes that descend from it
@@ -172,17 +173,21 @@ def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], defaul
         samples = default if "samples" in schema.by_name else parameters.pop("samples", default)
         if type(samples) is not int or not 1 <= samples <= MOST:
             raise Failure(f"{where}: samples takes an integer from 1 to {MOST:,}, not {shown(samples)}")
-        columns = columns or [settable(schema, name, where) for name in parameters]
+        if number == 1:
+            columns = [settable(schema, name, where) for name in parameters]
         if set(parameters) != {column.name for column in columns}:
             for name in parameters:
                 settable(schema, name, where)
-            raise Failure(f"{where}: has the keys {', '.join(parameters)}, but the first has"
-                          f" {', '.join(column.name for column in columns)}")
+            keys = f"the keys {', '.join(parameters)}" if parameters else "no keys"
+            raise Failure(f"{where}: has {keys}, but the first has"
+                          f" {', '.join(column.name for column in columns) or 'none'}")
         try:
             key = tuple(typed(column, parameters[column.name]) for column in columns)
         except Misfit as misfit:
             raise Failure(f"{where}: {misfit}") from None
         rows[key] = max(samples, rows.get(key) or 0)
+    if not rows:
+        raise Failure(NO_OBJECT)
     return Axis(columns, rows)
 
 
@@ -306,7 +311,11 @@ def missing_numbers(wanted: int, rows: int, numbers: str | None) -> list[int]:
     """
     if not numbers:
         return list(range(rows + 1, wanted + 1))
-    known = {int(number) for number in numbers.split(",") if number.isdecimal()} & set(range(1, wanted + 1))
+    digits = len(str(MOST))
+    said = {int(number) for number in numbers.split(",") if number.isdecimal() and len(number) <= digits}
+    known = said & set(range(1, wanted + 1))
+    if len(known) > rows:  # one of them is a text with commas
+        known = set()
     free = [number for number in range(1, wanted + 1) if number not in known]
     return free[rows - len(known):]
 
@@ -563,7 +572,8 @@ class Job:
         for name, wanted in self.run.parameters.items():
             said = typed(schema.by_name[name], record.setdefault(name, wanted))
             if said != wanted:
-                raise Failure(f"it was to run with {name} {as_word(wanted)}, but its result says {as_word(said)};"
+                wanted, said = ("null" if value is None else as_word(value) for value in (wanted, said))
+                raise Failure(f"it was to run with {name} {wanted}, but its result says {said};"
                               " is the parameter passed on, and printed as given?")
             record[name] = wanted
         if "metadata" in schema.by_name:
@@ -866,6 +876,7 @@ class Sweep:
         self.total = len(runs)
         self.waiting = collections.deque(runs)
         self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
+        self.to_retry: dict[Run, tuple[str, str]] = {}  # why the last attempt failed, and its log
         self.logs = options.logs or path + "-sweep"
         self.stored = self.writing = self.unfinished = 0
         self.failures: list[tuple[Run, str, str]] = []
@@ -939,8 +950,9 @@ class Sweep:
     def fill(self) -> None:
         while self.waiting and not self.stop_reason and len(self.pool.running) < self.options.jobs:
             run = self.waiting.popleft()
+            self.to_retry.pop(run, None)
             job = Job(run, self.command.for_run(run))
-            folder = os.path.join(self.options.workdir, label(run)) if self.options.workdir else None
+            folder = os.path.join(self.options.workdir, self.label(run)) if self.options.workdir else None
             try:
                 self.pool.start(job, folder)
             except ValueError as error:  # a NUL in a word
@@ -982,7 +994,8 @@ class Sweep:
             self.attempts[job.run] += 1
             log = self.write_log(job, reason)
             if self.attempts[job.run] <= self.options.retries:
-                self.waiting.append(job.run)
+                self.to_retry[job.run] = reason, log
+                self.waiting.appendleft(job.run)  # at once, so that a hopeless sweep is found to be one
             else:
                 self.failures.append((job.run, reason, log))
                 if len(self.failures) == self.options.max_failures:
@@ -1012,7 +1025,13 @@ class Sweep:
             self.writer.give_up.set()
 
     def log_path(self, run: Run) -> str:
-        return os.path.join(self.logs, label(run) + ".log")
+        return os.path.join(self.logs, self.label(run) + ".log")
+
+    def label(self, run: Run) -> str:
+        """Return a name for a run's files: readable, and distinct even where it was shortened, or sweeps share a folder."""
+        pairs = [f"{name}-{as_word(value)}" for name, value in run.parameters.items()]
+        text = re.sub("[^A-Za-z0-9_.=+-]+", "_", "_".join([*pairs, f"sample-{run.sample}"]))
+        return f"{text[:120]}_{zlib.crc32(f'{os.path.basename(self.path)}: {run}'.encode()):08x}"
 
     def write_log(self, job: Job, reason: str) -> str:
         """Write down a failed job: command, reason and all that it printed."""
@@ -1037,6 +1056,7 @@ class Sweep:
     def summary(self) -> int:
         """Say what was done and what is left; return the exit status."""
         left = self.total - self.stored
+        self.failures += [(run, *why) for run, why in self.to_retry.items()]
         done = f"{self.name}: {self.stored:,} of {self.total:,} runs stored, {len(self.failures):,} failed"
         if self.unfinished:
             done += f", {self.unfinished:,} ended unfinished"
@@ -1056,12 +1076,6 @@ class Sweep:
         if left and (self.signals or any(why.status == dbtool.TRY_AGAIN for why, _ in self.writer.kept)):
             return dbtool.TRY_AGAIN
         return dbtool.REFUSED if left else 0
-
-
-def label(run: Run) -> str:
-    """Return a name for a run's files: readable, and distinct even where it had to be shortened."""
-    text = "_".join([*(f"{name}-{as_word(value)}" for name, value in run.parameters.items()), f"sample-{run.sample}"])
-    return f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', text)[:120]}_{zlib.crc32(str(run).encode()):08x}"
 
 
 def limit_descriptors(jobs: int) -> None:
@@ -1127,8 +1141,8 @@ def clock(seconds: float) -> str:
 def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) -> Iterator[str]:
     """Return a line of shell for each run, which stores its result too."""
     for text in itertools.chain(command.words, *(map(str, run.values) for run in runs)):
-        if "\n" in text:
-            raise Failure(f"--list: {shown(text)} has several lines, which one line can't hold")
+        if "\n" in text or "\0" in text:
+            raise Failure(f"--list: {shown(text)} has several lines or a NUL, which a line of shell can't hold")
     here = os.path.dirname(os.path.realpath(__file__))
     insert = [sys.executable, os.path.join(here, "dbtool.py"), "insert", os.path.realpath(options.database)]
     insert += ["--skip-text", *schema_flags(options)]
@@ -1207,8 +1221,10 @@ seconds = number_of(float, 0.001, 1e9, "a number of seconds")
 
 
 def schema_flags(options: argparse.Namespace) -> list[str]:
-    flags = ["--schema", os.path.realpath(options.schema)] if options.schema else []
-    return [*flags, "--table", options.table] if options.table else flags
+    schema = options.schema or os.environ.get("DBTOOL_SCHEMA")
+    table = options.table or os.environ.get("DBTOOL_TABLE")
+    flags = ["--schema", os.path.realpath(schema)] if schema else []
+    return [*flags, "--table", table] if table else flags
 
 
 def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
@@ -1222,7 +1238,8 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
             try:
                 axes.append(axis_of_records(schema, dbtool.records(dbtool.pieces(file)), options.samples))
             except Failure as failure:
-                text = str(failure)
+                text = str(failure).partition("; insert --skip-text")[0]
+                text = NO_OBJECT if text.startswith("no JSON") else text
                 raise Failure(text if text.startswith("--params") else f"--params {options.params}: {text}",
                               failure.status) from None
     names = names_of(axes)

@@ -90,10 +90,16 @@ def test_values_are_lists_and_inclusive_ranges(values, texts):
     (["--params", "count.jsonl"], 1, "--params: record 1: samples takes an integer from 1 to 10,000,000, not 0"),
     (["--params", "huge.jsonl"], 1, "--params: record 1: samples takes an integer from 1 to 10,000,000, not 1"),
     (["--params", "keys.jsonl", "-p", "n=1"], 1, "--params: record 2"),
+    (["--params", "none_first.jsonl"], 1, "--params: record 2: has the keys n, but the first has none"),
+    (["--params", "none_last.jsonl"], 1, "--params: record 2: has no keys, but the first has n"),
+    (["--params", "list.jsonl"], 1, "--params list.jsonl: holds no JSON object; write one for each combination"),
+    (["--params", "empty.jsonl"], 1, "--params empty.jsonl: holds no JSON object; write one for each combination"),
+    (["--params", "text.jsonl"], 1, '--params text.jsonl: record 1 (line 1): expected a JSON object, got "n=1"\n'),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_wrong_plan_is_refused_in_one_line(call_sweep, tmp_path, arguments, status, words):
     for name, text in {"bad": '{"n": 1}\n{"n": }', "keys": '{"n": 1}\n{"n": 1, "x": 2}', "typo": '{"n": 1}\n{"nam": 1}',
-                       "kind": '{"n": "ten"}', "count": '{"n": 1, "samples": 0}', "huge": '{"n": 1, "samples": 100000000000000000000}'}.items():
+                       "none_first": '{"samples": 3}{"n": 1}', "none_last": '{"n": 1}{"samples": 3}', "list": "[]",
+                       "empty": "", "text": "n=1", "kind": '{"n": "ten"}', "count": '{"n": 1, "samples": 0}', "huge": '{"n": 1, "samples": 100000000000000000000}'}.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     result = call_sweep("r.db", *arguments, "--", "true")
     assert (result.status, result.out) == (status, "")
@@ -208,7 +214,8 @@ def test_samples_that_say_their_number_are_not_run_again(listed):
 
 @pytest.mark.parametrize("wanted, rows, numbers, missing", [
     (3, 0, None, [1, 2, 3]), (3, 2, None, [3]), (3, 1, "2", [1, 3]), (3, 2, "2", [3]), (3, 2, "3", [2]),
-    (3, 2, "2,2", [3]), (3, 2, "9", [3]), (3, 2, "x,-1,1.5", [3]), (3, 5, "1,2", []), (3, 3, "1", [])])
+    (3, 2, "2,2", [3]), (3, 2, "9", [3]), (3, 2, "x,-1,1.5", [3]), (3, 5, "1,2", []), (3, 3, "1", []),
+    (5, 1, "1,2", [2, 3, 4, 5]), (3, 1, "9" * 5000, [2, 3])], ids=lambda value: str(value)[:20])
 def test_missing_numbers(wanted, rows, numbers, missing):
     assert sweep.missing_numbers(wanted, rows, numbers) == missing
 

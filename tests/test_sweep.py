@@ -254,6 +254,35 @@ def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
     assert stored() == [1]
 
 
+def test_a_result_that_says_null_contradicts(swept, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (n INTEGER, loss REAL)")
+    said = swept("-p", "n=1", *shell('echo "{\\"loss\\": 1, \\"n\\": null}"'), status=1)
+    assert "it was to run with n 1, but its result says null; is the parameter passed on" in said
+
+
+def test_max_failures_counts_a_run_only_when_its_retries_failed_too(swept):
+    said = swept("-p", "n=1..40", "--jobs", "1", "--retries", "2", "--max-failures", "2",
+                 *shell('echo "$1" >> tried; exit 1'), status=1)
+    assert "stopped by 2 failures: r.db: 0 of 40 runs stored, 2 failed, 40 left" in said
+    assert Path("tried").read_text().split() == ["1"] * 3 + ["2"] * 3
+
+
+def test_a_run_that_failed_and_was_not_tried_again_is_named(swept):
+    script = 'if [ "$1" = 1 ]; then exit 3; fi; sleep 0.5; exit 4'
+    said = swept("-p", "n=1,2", "--jobs", "2", "--retries", "5", "--max-failures", "1", *shell(script), status=1)
+    assert "sweep: r.db: n=1 sample=1: exit status 3; see " in said
+    assert "sweep: r.db: n=2 sample=1: exit status 4; see " in said
+    assert "0 of 2 runs stored, 2 failed, 2 left" in said
+
+
+def test_two_files_share_a_folder_for_logs_and_directories(call_sweep):
+    failing, succeeding = ["sh", "-c", "pwd >> ../places; exit 1"], ["sh", "-c", "pwd >> ../places; echo '{\"loss\": 1}'"]
+    for path, command in ("a.db", failing), ("b.db", succeeding):
+        call_sweep(path, "-p", "n=1", "--logs", "logs", "--workdir", "work", "--", *command)
+    assert len(os.listdir("logs")) == 1 and stored("b.db") == [1]
+    assert len(set(Path("work/places").read_text().split())) == 2
+
+
 def test_a_file_that_cannot_be_written_is_noticed_before_anything_runs(swept, public):
     swept("-p", "n=0", "--", *GOOD)
     for name in ("r.db", "runs.sql"):
@@ -481,6 +510,18 @@ def test_results_that_cannot_be_stored_are_kept_and_the_next_sweep_stores_them(s
     assert stored() == [0, 1, 2, 3] and kept("r.db") == []
 
 
+def test_what_a_listed_line_had_to_keep_is_stored_by_the_next_sweep(swept, call_sweep):
+    [line] = call_sweep("r.db", "--list", "-p", "n=1", "--", "sh", "-c", 'echo chatter; echo "{\\"n\\": 1, \\"loss\\": 1}"'
+                        ).out.splitlines()
+    os.mkdir("r.db")  # what can't be stored is kept
+    environment = {name: value for name, value in os.environ.items() if name != "DBTOOL_SCHEMA"}
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the input is kept in " in done.stderr
+    os.rmdir("r.db")
+    assert swept("-p", "n=1", "--", "false") == "sweep: r.db: nothing is missing\n"
+    assert stored() == [1] and not kept("r.db")
+
+
 def test_a_results_file_that_breaks_stops_the_sweep_and_the_results_are_kept():
     running = start("-p", "n=1..50", "--jobs", "1", *shell('sleep 0.1; echo "{\\"loss\\": 1}"'))
     wait_for(lambda: len(stored()) > 2)
@@ -697,7 +738,7 @@ def test_the_list_of_a_function_runs_too(call_sweep, module, tmp_path):
 def test_a_value_of_several_lines_has_no_line_of_shell(call_sweep, tmp_path):
     (tmp_path / "runs.sql").write_text("CREATE TABLE runs (name TEXT, loss REAL);")
     result = call_sweep("r.db", "--list", "--params", "-", "--", "echo", stdin={"name": "a\nb"})
-    assert result.status == 1 and "has several lines, which one line" in result.err and result.err.count("\n") == 1
+    assert result.status == 1 and "has several lines or a NUL, which a line of shell can't" in result.err and result.err.count("\n") == 1
 
 
 def test_the_list_of_nothing_is_empty_and_a_closed_pipe_is_silent(tmp_path):
