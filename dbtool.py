@@ -2221,7 +2221,7 @@ FLAGS = {
     "--no-header": ("", "leave out the line with the columns' names"),
     "--dry-run": ("", "print what would be done, and do nothing"),
     "--drop": ("COLUMN", "drop COLUMN, which the schema no longer has; may be repeated"),
-    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or for NULL in one that is NOT NULL now; may be repeated"),
+    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or for NULL in a NOT NULL one; may be repeated"),
     "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }

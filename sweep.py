@@ -1028,7 +1028,7 @@ class Sweep:
         return os.path.join(self.logs, self.label(run) + ".log")
 
     def label(self, run: Run) -> str:
-        """Return a name for a run's files: readable, and distinct even where it was shortened, or sweeps share a folder."""
+        """Return a name for a run's files: readable, and distinct even if shortened, or if sweeps share a folder."""
         pairs = [f"{name}-{as_word(value)}" for name, value in run.parameters.items()]
         text = re.sub("[^A-Za-z0-9_.=+-]+", "_", "_".join([*pairs, f"sample-{run.sample}"]))
         return f"{text[:120]}_{zlib.crc32(f'{os.path.basename(self.path)}: {run}'.encode()):08x}"
