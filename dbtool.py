@@ -2308,7 +2308,7 @@ def keep_unread(arguments: list[str]) -> str:
     doubtful: list[str] = []  # may belong to a misspelt flag
     flags: dict[str, list[str]] = {}
     left = iter(arguments[1:] if arguments[0][:1] != "-" else arguments)
-    known = words
+    place = words  # for the next word
     for word in left:
         flag, equals, value = word.partition("=")
         takes = FLAGS.get(flag, ("", ""))[0]
@@ -2319,10 +2319,10 @@ def keep_unread(arguments: list[str]) -> str:
             if "|" not in takes or value in takes.split("|"):
                 flags[flag] = [value]
         elif word[:1] == "-":
-            known = words if equals else doubtful
+            place = words if equals else doubtful
         elif word and word not in COMMANDS:
-            known.append(word)
-            known = words
+            place.append(word)
+            place = words
     name = [*words, *doubtful, ""][0]
     try:
         path = realpath(name) if name else ""
