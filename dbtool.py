@@ -2112,7 +2112,7 @@ def number_or_text(text: str) -> int | float | str:
     return text
 
 
-def retry_command(options: Options) -> None:
+def retry_command(options: Options) -> int:
     """Store what insert had to keep aside; leave what still can't be stored, and say why."""
     schema = options.schema()
     status = 0
@@ -2129,8 +2129,7 @@ def retry_command(options: Options) -> None:
             report(f"{options.name}: {options.as_named(path)}: {failure}")
             if status >= TRY_AGAIN:  # the other files would fare no better
                 break
-    if status:
-        raise Failure("", status)
+    return status
 
 
 def retry_one(options: Options, schema: Schema, path: str) -> None:
@@ -2225,8 +2224,8 @@ FLAGS = {
     "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }
-# name: (function, whose docstring is shown by --help; words; flags besides the first four)
-COMMANDS: dict[str, tuple[Callable[[Options], None], str, str]] = {
+# name: (function, whose docstring --help shows, and which may return a status; words; flags besides the first four)
+COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str]] = {
     "insert": (insert_command, "DATABASE", "--on-conflict --skip-text"),
     "insert_manual": (insert_manual_command, "DATABASE", "--null --on-conflict"),
     "query": (query_command, "DATABASE SQL|-", "--param --format --output --null --no-header"),
@@ -2356,12 +2355,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "--help" in options.flags:
                 write_out([command_help(command, options)])
             else:
-                COMMANDS[command][0](options)
+                return COMMANDS[command][0](options) or 0
     except BrokenPipeError:  # `query … | head`: the rest is not wanted
         pass
     except (Failure, OSError, MemoryError) as error:
         failure = as_failure(error, "")
-        report(f"{where}{failure}" if str(failure) else "")
+        report(f"{where}{failure}")
         if not options and ("insert" in arguments or '"insert"' in nearest(command, COMMANDS)):
             report(keep_unread(arguments))
         return failure.status

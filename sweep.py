@@ -1100,14 +1100,14 @@ class Progress(dbtool.Progress):
         self.sweep = sweep
         self.is_terminal = self.next < math.inf
         self.next = min(self.next, self.start + LINE_EVERY_S)
-        self.trouble = ""
+        self.is_in_trouble = False
 
     def update(self) -> None:
         trouble = self.sweep.writer.trouble
-        if trouble and trouble.status == dbtool.TRY_AGAIN and not self.trouble:
+        if trouble and trouble.status == dbtool.TRY_AGAIN and not self.is_in_trouble:
             why = str(trouble).partition(";")[0]
             self.say(f"{self.sweep.name}: {why}; the jobs go on, and results wait in memory until it can be written")
-        self.trouble = str(trouble or "")
+        self.is_in_trouble = trouble is not None
         now = time.monotonic()
         if now < self.next:
             return
