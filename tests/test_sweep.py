@@ -64,9 +64,11 @@ def stored(path="r.db"):
     """Return the values of n that are there, once for each row."""
     if not os.path.exists(path):
         return []
-    if not dbtool.query(path, "SELECT 1 FROM sqlite_master"):
-        return []
-    return sorted(row["n"] for row in dbtool.query(path, "SELECT n FROM runs"))
+    # Not by dbtool.query: if a sweep ends meanwhile, only a connection that may write removes the -wal file.
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master").fetchall():
+            return []
+        return [n for n, in db.execute("SELECT n FROM runs ORDER BY n")]
 
 
 def logs():
