@@ -1731,7 +1731,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
-        check_types(columns, schema, "bring a copy of it to the schema")
+        check_types(columns, schema, "migrate a copy of it first")
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
     def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:

@@ -634,15 +634,14 @@ def test_trivial_jobs_run_at_three_times_the_rate_of_gnu_parallel():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
         return time.perf_counter() - began
 
-    ratios = []
+    own, other = [], []
     numbers = "\n".join(map(str, range(600)))
     for trial in range(5):
-        other = timed(parallel, "-j4", "true", input=numbers, text=True)
-        own = timed(sys.executable, SWEEP, f"{trial}.db", "-p", "n=1..1800", "--jobs", "4", "--", "echo",
-                    '{"n": {n}, "loss": 1}')
+        other.append(timed(parallel, "-j4", "true", input=numbers, text=True) / 600)
+        own.append(timed(sys.executable, SWEEP, f"{trial}.db", "-p", "n=1..1800", "--jobs", "4", "--", "echo",
+                         '{"n": {n}, "loss": 1}') / 1800)
         assert len(stored(f"{trial}.db")) == 1800
-        ratios.append((1800 / own) / (600 / other))
-    assert sorted(ratios)[2] >= 3, ratios
+    assert min(own) * 3 <= min(other), (own, other)  # the fastest of each: what else runs can only slow them down
 
 
 # ------------------------------------------------------------------------------------------------ report

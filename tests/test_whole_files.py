@@ -222,7 +222,7 @@ def test_merge_refuses_other_types(expect_success, expect_failure, db_path, tmp_
         (tmp_path / f"{name}.sql").write_text(f"CREATE TABLE t (k TEXT PRIMARY KEY, x {kind})")
     expect_success("insert", "other.db", "--schema", "text.sql", stdin={"k": "a", "x": "007"})
     message = expect_failure("merge", db_path, "other.db", "--schema", "real.sql")
-    assert "other.db: column x is TEXT, but REAL in real.sql; write there what it is, or bring a copy of it to" in message
+    assert "other.db: column x is TEXT, but REAL in real.sql; write there what it is, or migrate a copy of it first" in message
     assert not db_path.exists()
 
 
