@@ -45,13 +45,17 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
     Converter = Optional[Callable[[Any], Any]]
-    Plan = tuple[str, list[tuple[int, Callable[[Any], Any]]]]  # a statement, and the places of values to convert
+    Plan = tuple[tuple[str, ...], list[tuple[int, Callable[[Any], Any]]]]  # keys, and the places of values to convert
     Made = tuple[str, str, str]  # of a CREATE statement: type, name, SQL
     Batch = Sequence[Sequence[Any]]  # some rows
     Claim = list[dict[str, Any]]  # rows that show whether a transaction happened
 else:
     # The C halves: `signal` adds enums, and `sqlite3` dates, that nothing here needs; they would double the imports.
     import _signal as signal
+
+    if __name__ == "__main__":  # until there is a handler
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
     import _sqlite3 as sqlite3
     from _operator import itemgetter
 
@@ -120,6 +124,7 @@ class Signals:
 SIGNALS = Signals()
 if __name__ == "__main__":
     SIGNALS.install()  # now: without a handler, a signal would end the program with the input still in the pipe
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def report(message: str) -> None:
@@ -207,7 +212,6 @@ class Schema:
         self.made = made  # (type, name, CREATE statement) in the file's order
         self.columns = list(by_name.values())
         self.key = [column for column in self.columns if column.key]
-        (self.sql,) = (sql for kind, name, sql in made if kind == "table" and name == table)
 
 
 # By what a declared type contains, the first that does: sqlite.org/datatype3.html, section 3.1.
@@ -255,7 +259,7 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
     path = path or os.environ.get("DBTOOL_SCHEMA") or join(dirname(realpath(__file__)), "schema.sql")
     db = sqlite3.connect(":memory:")
     try:
-        with open(path, encoding="utf-8") as file:
+        with SIGNALS, open(path, encoding="utf-8") as file:
             db.executescript(file.read())
         made = db.execute(MADE).fetchall()
         tables = [name for kind, name, _ in made if kind == "table"]
@@ -292,10 +296,11 @@ def essence(sql: str) -> list[str]:
 
 def descriptions(schema: Schema) -> dict[str, str]:
     """Return what the comments in schema.sql say of each column: the `--` that ends its definition."""
+    (sql,) = (sql for kind, name, sql in schema.made if kind == "table" and name == schema.table)
     found: dict[str, str] = {}
     depth, column, before = 0, "", "\n"
     is_name = False  # whether the next word is a column's name
-    for token in tokens(schema.sql):
+    for token in tokens(sql):
         if token in "(,)":
             depth += {"(": 1, ")": -1, ",": 0}[token]
             is_name = depth == 1 and token != ")"
@@ -365,10 +370,11 @@ FITS: dict[str, dict[type, Converter]] = {
 # NaN is how Python prints a run that diverged; SQLite has NULL for it, and makes that of it by itself.
 FITS_NULLABLE: dict[Converter, Converter] = {no_nan: None, whole: whole_or_nan}
 WANTED = {"INTEGER": "a 64-bit integer", "REAL": "a number that a 64-bit float holds", "TEXT": "a string",
-          "NUMERIC": "a number, text, an object or an array", "BLOB": "a number, text, an object or an array"}
+          "NUMERIC": "a 64-bit integer or float, text, an object or an array",
+          "BLOB": "a 64-bit integer or float, text, an object or an array"}
 
 
-UNFIT = (ValueError, OverflowError, RecursionError)  # how a conversion says that a value does not fit
+UNFIT = (ValueError, OverflowError, RecursionError, TypeError)  # how a conversion says that a value does not fit
 
 
 def converter(column: Column, kind: type) -> Converter:
@@ -425,8 +431,8 @@ def shown(value: Any) -> str:
 
     try:
         text = json.dumps(value, default=repr)
-    except (ValueError, RecursionError):
-        return f"one too large to be shown ({type(value).__name__})"
+    except (ValueError, RecursionError, TypeError):
+        return f"one that can't be shown ({type(value).__name__})"
     return text if len(text) <= 60 else text[:59] + "…"
 
 
@@ -541,6 +547,17 @@ class Text:
             why = "it ends in the middle; was the program before the pipe cut off?"
         raise self.malformed(f"not valid JSON: {why}", at) from None
 
+    def begins_record(self) -> bool:
+        """Tell whether an object, or an array of objects, begins here, and not a line of text."""
+        if self.text[self.position] != "[":
+            return self.text[self.position] in "{\ufeff"
+        while True:
+            at = self.position + 1
+            while at < len(self.text) and self.text[at] in WHITESPACE:
+                at += 1
+            if at < len(self.text) or not self.more():
+                return self.text[at:at + 1] == "{"
+
     def rest_of_line(self) -> str:
         while (end := self.text.find("\n", self.position)) < 0 and self.more():
             pass
@@ -563,13 +580,13 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
             echo: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects in *chunks* of UTF-8: one, many one after another, or an array.
 
-    Memory is bounded by the longest record. With *skip_text*, lines that do not begin like an object
-    go to *echo*. Raises Failure, which names the record's number and line.
+    Memory is bounded by the longest record. With *skip_text*, lines that do not begin like an object,
+    or an array of them, go to *echo*. Raises Failure, which names the record's number and line.
     """
     text = Text(chunks, skip_text)
     allowed, is_empty, skipped = TOP, True, False
     while char := text.next():
-        if skip_text and text.starts_line and char not in "{\ufeff":
+        if skip_text and text.starts_line and allowed is TOP and not text.begins_record():
             line, skipped = text.rest_of_line(), True
             if echo:
                 echo(line)
@@ -734,12 +751,16 @@ def begin_to_write(db: Connection, path: str, schema: Schema | None, deadline: f
     patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
     patiently(db.execute, deadline, "BEGIN IMMEDIATE")
     if schema and is_empty(db, schema):
-        for _, name, sql in schema.made:
-            if not scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = ?", [name]):
-                db.execute(sql)  # else it came with a virtual table
+        make(db, schema.made)
     if network:
         report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
                " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
+
+
+def make(db: Connection, wanted: Iterable[Made]) -> None:
+    for kind, name, sql in wanted:
+        if not scalar(db, "SELECT count(*) FROM sqlite_master WHERE type = ? AND name = ?", (kind, name)):
+            db.execute(sql)  # else it came with a virtual table
 
 
 def switch_journal(db: Connection, path: str, schema: Schema, deadline: float) -> str:
@@ -784,22 +805,32 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
                           f" python3 dbtool.py migrate DATABASE --drop {for_shell(name)}")
 
 
-def check_types(found: Mapping[str, Column], schema: Schema, mend: str) -> None:
-    """Raise Failure if a column *found* has a type that would change values as it stores them."""
+# By a column's affinity: those whose values it stores as they are, or as an equal number.
+NUMBERS = ("INTEGER", "REAL", "NUMERIC")
+KEEPS: dict[str, Collection[str]] = {"INTEGER": NUMBERS, "NUMERIC": NUMBERS, "REAL": ["REAL"], "TEXT": ["TEXT"],
+                                     "BLOB": FITS}
+
+
+def check_types(found: Mapping[str, Column], schema: Schema, mend: str, is_source: bool = False) -> None:
+    """Raise Failure if a column *found* would change the values that the schema's takes.
+
+    Of a source to merge, it is the other way round.
+    """
     for name, column in found.items():
         wanted = schema.by_name.get(name, column)
-        if column.affinity != wanted.affinity:
+        into, taken = (wanted, column) if is_source else (column, wanted)
+        if taken.affinity not in KEEPS[into.affinity]:
             raise Failure(f"column {name} is {column.type or 'of no type'}, but {wanted.type or 'of no type'} in"
                           f" {schema.path}; write there what it is, or {mend}")
 
 
 def check_case(names: Iterable[str], wanted: Iterable[str], schema: Schema) -> None:
     """Raise Failure if one of the *names* in a file is *wanted* in other upper or lower case by the schema."""
-    folded = {name.lower(): name for name in wanted}
+    folded = {name.encode().lower(): name for name in wanted}  # bytes, as SQLite folds ASCII only
     for name in names:
-        if folded.get(name.lower(), name) != name:
-            raise Failure(f"{name} is {folded[name.lower()]} in {schema.path}; for SQLite these are the same, so"
-                          f" write {name} there")
+        meant = folded.get(name.encode().lower(), name)
+        if meant != name:
+            raise Failure(f"{name} is {meant} in {schema.path}; for SQLite these are the same, so write {name} there")
 
 
 def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
@@ -829,17 +860,14 @@ def writing(path: str, schema: Schema | None, action: Callable[[Connection], Res
         raise failure from None
 
 
-def insert_statement(schema: Schema, names: Iterable[str], on_conflict: str) -> str:
-    # A constraint may say by itself to drop or replace rows. OR ABORT overrules it, but also what triggers say.
-    rule = (" OR REPLACE" if on_conflict == "replace" else
-            " OR ABORT" if "CONFLICT" in schema.sql.upper() else "")
-    # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
-    columns = list(map(quote, names))
-    into = f"INSERT{rule} INTO {quote(schema.table)}"
-    if not columns:
-        return f"{into} DEFAULT VALUES"
-    return (f"{into} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-            f"{' ON CONFLICT DO NOTHING' * (on_conflict == 'skip')}")
+def conflict_clause(db: Connection, table: str, on_conflict: str) -> str:
+    """Return what stands after INSERT so that no constraint of the table drops or replaces rows by itself."""
+    if on_conflict == "replace":
+        return " OR REPLACE"
+    sql = scalar(db, "SELECT coalesce(max(sql), '') FROM sqlite_master WHERE type = 'table' AND name = ?", [table])
+    # Only where it is needed, as OR ABORT overrules also what triggers say.
+    words = " ".join(essence(sql)).upper() if "CONFLICT" in sql.upper() else ""
+    return " OR ABORT" * ("ON CONFLICT IGNORE" in words or "ON CONFLICT REPLACE" in words)
 
 
 def check_names(schema: Schema, names: Collection[str]) -> None:
@@ -855,7 +883,7 @@ def check_names(schema: Schema, names: Collection[str]) -> None:
 
 
 def no_column(schema: Schema, name: str) -> str:
-    return f"{shown(name)} is no column of {schema.table}{nearest(name, schema.by_name)}"
+    return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -871,7 +899,7 @@ UNSTORED = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.I
 
 
 class Rows:
-    """Records made ready for the table: `pairs` yields (statement, row), and `number` says which record that is."""
+    """Records made ready for the table: `pairs` yields (names, row), and `number` says which record that is."""
 
     def __init__(self, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str) -> None:
         if on_conflict not in ("fail", "skip", "replace"):
@@ -880,9 +908,10 @@ class Rows:
         self.number = 0
         self.record: Mapping[str, Any] = {}
         self.row: list[Any] = []
+        self.clause = ""  # of INSERT, as the table needs it
         self.pairs = self.ready()
 
-    def ready(self) -> Iterator[tuple[str, Sequence[Any]]]:
+    def ready(self) -> Iterator[tuple[tuple[str, ...], Sequence[Any]]]:
         plans: dict[tuple[Any, ...], Plan] = {}
         for record in self.incoming:
             self.number += 1
@@ -900,7 +929,7 @@ class Rows:
                 raise self.refusal(error) from None
 
     def plan(self, record: Mapping[str, Any]) -> Plan:
-        """Return how records of this shape become rows: the statement, and the values to convert, and how."""
+        """Return how records of this shape become rows: their keys, and the values to convert, and how."""
         check_names(self.schema, record)
         conversions = []
         for index, (name, value) in enumerate(record.items()):
@@ -908,7 +937,7 @@ class Rows:
             convert = converter(self.schema.by_name[name], type(value))
             if convert:
                 conversions.append((index, convert))
-        return insert_statement(self.schema, record, self.on_conflict), conversions
+        return tuple(record), conversions
 
     def refusal(self, error: Exception) -> Misfit:
         """Return what is wrong with the record, by what SQLite or a conversion said of it."""
@@ -925,17 +954,28 @@ class Rows:
 
     def insert(self, db: Connection, first: Any) -> Claim:
         """Insert *first* and all pairs that follow; return the claim, empty if all rows were there before."""
+        self.clause = conflict_clause(db, self.schema.table, self.on_conflict)
         claim: dict[str, Any] = {}
         try:
             for _, row in itertools.chain([first], self.pairs):
                 claim = self.insert_claimed(db, dict(zip(self.record, row)))
                 if claim:
                     break
-            for sql, group in itertools.groupby(self.pairs, itemgetter(0)):
-                db.executemany(sql, map(itemgetter(1), group))
+            for names, group in itertools.groupby(self.pairs, itemgetter(0)):
+                db.executemany(self.statement(names), map(itemgetter(1), group))
         except UNSTORED as error:
             raise self.refusal(error) from None
         return self.completed(db, claim) if claim else []
+
+    def statement(self, names: Iterable[str]) -> str:
+        """Return the SQL that inserts a row with these columns."""
+        columns = list(map(quote, names))
+        into = f"INSERT{self.clause} INTO {quote(self.schema.table)}"
+        if not columns:
+            return f"{into} DEFAULT VALUES"
+        # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
+        return (f"{into} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+                f"{' ON CONFLICT DO NOTHING' * (self.on_conflict == 'skip')}")
 
     def completed(self, db: Connection, claim: dict[str, Any]) -> Claim:
         """Return the whole claim, given the part of it that the first new row is.
@@ -962,7 +1002,7 @@ class Rows:
                 is_made = is_made or row[column.name] != another
         key = {column.name: row[column.name] for column in schema.key if row.get(column.name) is not None}
         known = key and self.on_conflict == "replace" and holds(db, schema, [key])
-        cursor = db.execute(insert_statement(schema, row, self.on_conflict), list(row.values()))
+        cursor = db.execute(self.statement(row), list(row.values()))
         if known or not cursor.rowcount:
             return {}
         if not key or len(key) < len(schema.key):
@@ -1062,16 +1102,22 @@ class Input:
         """Yield what comes in, each piece once it is held; a signal ends the wait but loses nothing."""
         if self.ended:
             return
-        import select
-
         while not self.ended:
             with SIGNALS:
-                select.select([self.descriptor], [], [])
+                self.is_readable(None)
             try:
                 data = self.take()
             except BlockingIOError:  # somebody else was faster
                 continue
             yield data
+
+    def is_readable(self, seconds: float | None) -> bool:
+        """Wait until something can be read, or the *seconds* are over."""
+        try:
+            import select
+        except ImportError:  # no more files can be opened: reading itself waits, and keeps signals waiting
+            return seconds is None
+        return bool(select.select([self.descriptor], [], [], seconds)[0])
 
     def take(self) -> bytes:
         """Read once from the pipe, and hold what came."""
@@ -1104,11 +1150,9 @@ class Input:
 
     def drain(self) -> None:
         """Take what waits in the pipe, without waiting for more: a few times what a pipe holds."""
-        import select
-
         try:
             for _ in range(16):
-                if self.ended or not select.select([self.descriptor], [], [], 0)[0]:
+                if self.ended or not self.is_readable(0):
                     break
                 self.take()
         except OSError:
@@ -1166,7 +1210,7 @@ class Input:
                 self.move()
             if not self.part:
                 sys.stderr.flush()
-                write_all(sys.stderr.buffer, self.copy.getvalue())
+                write_all(sys.stderr.buffer, self.copy.getvalue().rstrip(b"\n") + b"\n")
                 sys.stderr.buffer.flush()
                 return "the input could not be kept in any file and stands above"
             try:
@@ -1520,7 +1564,8 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
                 raise Failure("standard output is closed")
             out = sys.stdout.buffer
         elif exists(target) and not isfile(target):
-            out = open(target, "wb")
+            with SIGNALS:  # it may be a pipe that nobody reads yet
+                out = open(target, "wb")
         else:
             part, out = new_part(realpath(target))
             if like:
@@ -1544,12 +1589,11 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
             remove(part)
 
 
-def refuse_database(target: str) -> None:
-    """Raise Failure if the file at *target* is a database."""
-    if isfile(target):
-        with open(target, "rb") as file:
-            if file.read(16) == b"SQLite format 3\0":
-                raise Failure(f"{target} is a database; name another file for the output")
+def is_database(path: str) -> bool:
+    if not isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 def output_path(target: str) -> str:
@@ -1558,7 +1602,7 @@ def output_path(target: str) -> str:
     if target.endswith("/"):
         raise Failure(f"{target} is a folder; name a file in it")
     for ending in ("-wal", "-shm", "-journal"):
-        if path.endswith(ending) and isfile(path.removesuffix(ending)):
+        if path.endswith(ending) and is_database(path.removesuffix(ending)):
             raise Failure(f"{target} belongs to the database {path.removesuffix(ending)}; name another file")
     return path
 
@@ -1680,8 +1724,8 @@ def why_unanswered(db: Connection, said: str) -> str:
             except sqlite3.OperationalError:  # a view of what is no longer there
                 pass
         is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
-        return said + (nearest(said.rpartition(": ")[2], names) or is_text)
-    if "binding" in said:
+        return said + (nearest(said.rpartition(": ")[2].rpartition(".")[2], names) or is_text)
+    if "binding" in said.lower():
         return f"{said} (--param NAME=VALUE gives :NAME a value)"
     if "decode" in said:
         return f"{said}; it is not UTF-8: SELECT CAST(… AS BLOB) shows its bytes"
@@ -1731,7 +1775,7 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
             raise Failure(f"has rows without the key {key}, by which rows are told apart")
         check_names(schema, names)
-        check_types(columns, schema, "migrate a copy of it first")
+        check_types(columns, schema, "migrate a copy of it first", is_source=True)
         return writing(path, schema, lambda db: add_rows(db, names), timeout)
 
     def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
@@ -1744,8 +1788,9 @@ def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_
         patiently(db.execute, deadline, "BEGIN IMMEDIATE")
         total = patiently(scalar, deadline, db, f"SELECT count(*) FROM source.{table}")
         # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
-        added = db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM source.{table} WHERE true"
-                           f" ON CONFLICT ({key}) DO NOTHING").rowcount
+        clause = conflict_clause(db, schema.table, "fail")
+        added = db.execute(f"INSERT{clause} INTO main.{table} ({columns}) SELECT {columns} FROM source.{table}"
+                           f" WHERE true ON CONFLICT ({key}) DO NOTHING").rowcount
         different = added < total and scalar(
             db, f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS o USING ({key})"
                 f" WHERE (s.{theirs}) IS NOT (o.{ours})")
@@ -1823,8 +1868,8 @@ def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping
             timeout: float = LOCK_TIMEOUT_S, dry_run: bool = False) -> list[str]:
     """Bring the file at *path* to *schema* in one transaction; return what was done, or with *dry_run* what would be.
 
-    *drop* names the columns to drop; *fill* says, as text, what rows get in a new column, or for NULL
-    in one that is NOT NULL now. Raises Failure.
+    *drop* names the columns to drop; *fill* says, as text, what rows get in a new column, or
+    instead of NULL. Raises Failure.
     """
     path = realpath(path)
     if not isfile(path):
@@ -1863,9 +1908,6 @@ def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
     kept = [name for name in made if name not in wanted]
     gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
     check_dropped(schema, gone, drop)
-    for name in fill:
-        if name in old and new[name].nullable:
-            raise Failure(f"--fill {name}: is for a column that is new, or NOT NULL now", USAGE)
     indexes = [name for name in kept if any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
     empty = [name for name, column in new.items()
              if name not in old and name not in fill and column.needed and not column.nullable]
@@ -1879,6 +1921,9 @@ def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
         elif old[name].type.upper() != column.type.upper():
             check_values(db, schema.table, old[name], column)
             steps.append(f"retype column {name} from {old[name].type or 'none'} to {column.type or 'none'}")
+    for name in (name for name in fill if name in old):
+        count = scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {quote(name)} IS NULL")
+        steps += [f"fill column {name}: {count:,} rows"] if count else []
     steps += [f"drop column {name}" for name in gone] + [f"drop index {name}" for name in indexes]
     for kind, name, sql in schema.made:
         if name not in made:
@@ -1929,32 +1974,53 @@ def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[M
     """
     table, before = schema.table, schema.table + " before migrate"
     old = columns_of(db, table)
+    unusable_before = unusable(db)
     db.execute("PRAGMA legacy_alter_table = ON")  # so that renaming changes no other SQL
     for kind, name, _ in db.execute(MADE).fetchall():
         if kind != "table":
             db.execute(f"DROP {kind} IF EXISTS {quote(name)}")
     if old:
         db.execute(f"ALTER TABLE {quote(table)} RENAME TO {quote(before)}")
-    there = [name for _, name, _ in db.execute(MADE).fetchall()]
-    for kind, name, sql in schema.made:
-        if kind == "table" and name not in there:
-            db.execute(sql)
+    make(db, [made for made in schema.made if made[0] == "table"])
     if old:
         copy_rows(db, schema, before, old, fill)
         db.execute(f"DROP TABLE {quote(before)}")
-    others = [made for made in (*own, *schema.made) if made[0] != "table"]
-    tries = [(kind, name, f"SELECT * FROM {quote(name)} LIMIT 0") for kind, name, _ in others if kind == "view"]
-    triggers = ", ".join(name for kind, name, _ in others if kind == "trigger")
-    columns = ", ".join(f"{quote(column.name)} = NULL" for column in schema.columns if not column.generated)
-    tries += [("trigger", triggers, f"EXPLAIN {change}") for change in (
-        f"INSERT INTO {quote(table)} DEFAULT VALUES", f"UPDATE {quote(table)} SET {columns}",
-        f"DELETE FROM {quote(table)}") if triggers]
-    for kind, name, sql in others + tries:
-        try:
-            db.execute(sql).fetchall()
-        except sqlite3.OperationalError as error:
-            SIGNALS.check()
-            raise Failure(f"{kind} {name} would not work any more: {error}; change or drop it first") from None
+    for kind, name, sql in (*own, *schema.made):
+        if kind != "table" and (why := why_not(db, sql)):
+            raise broken(f"{kind} {name}", why)
+    for what, why in unusable(db):
+        if (what, why) not in unusable_before:
+            raise broken(what, why)
+
+
+def broken(what: str, why: str) -> Failure:
+    return Failure(f"{what} would not work any more: {why}; change or drop it first")
+
+
+def why_not(db: Connection, sql: str) -> str:
+    """Run SQL; return what SQLite says against it, if it does not work."""
+    try:
+        db.execute(sql).fetchall()
+    except sqlite3.OperationalError as error:
+        SIGNALS.check()
+        return str(error)
+    return ""
+
+
+def unusable(db: Connection) -> list[tuple[str, str]]:
+    """Return which views, and the triggers of which tables and views, do not compile, and why."""
+    select = "SELECT DISTINCT tbl_name FROM sqlite_master WHERE type = ?"
+    found = [(f"view {name}", why) for name, in db.execute(select, ["view"]).fetchall()
+             if (why := why_not(db, f"SELECT * FROM {quote(name)} LIMIT 0"))]
+    for name, in db.execute(select, ["trigger"]).fetchall():
+        if f"view {name}" not in dict(found):
+            values = ", ".join(f"{quote(column.name)} = NULL" for column in columns_of(db, name).values()
+                               if not column.generated)
+            changes = [f"INSERT INTO {quote(name)} DEFAULT VALUES", f"DELETE FROM {quote(name)}"]
+            changes += [f"UPDATE {quote(name)} SET {values}"] if values else []
+            found += [(f"a trigger of {name}", why) for change in changes
+                      if (why := why_not(db, f"EXPLAIN {change}")) and "because it is a view" not in why]
+    return found
 
 
 def copy_rows(db: Connection, schema: Schema, before: str, old: dict[str, Column], fill: Mapping[str, Any]) -> None:
@@ -2019,14 +2085,16 @@ class Options:
         return text.replace(self.path, self.name) if abspath(self.name) == self.path else text
 
 
-def retry_line(name: str, flags: Mapping[str, list[str]]) -> str:
-    """Return the command that stores what an insert into the file *name*, with *flags*, kept."""
+def retry_line(name: str, flags: Mapping[str, list[str]], kept: str) -> str:
+    """Return the command that stores what an insert into the file *name*, with *flags*, kept in the file *kept*."""
+    # Away from the database, retry looks in the folder for temporary files, which may be another one by then.
+    where = "" if dirname(kept).endswith("-kept") else f"TMPDIR={for_shell(dirname(kept))} "
     given = []
     for flag in ("--schema", "--table", "--on-conflict"):
         if value := flags.get(flag, [""])[-1]:
             given += [flag, value]
     words = [*given, "--", name] if name.startswith("-") else [name, *given]
-    return " ".join(["python3 dbtool.py retry", *(for_shell(word) for word in words if word)])
+    return " ".join([f"{where}python3 dbtool.py retry", *(for_shell(word) for word in words if word)])
 
 
 def insert_command(options: Options) -> None:
@@ -2044,7 +2112,8 @@ def insert_command(options: Options) -> None:
             raise  # a bug
         failure = as_failure(error, options.path)
         if where.startswith("the input is kept"):
-            where = f"{options.as_named(where)}; when that is mended, run: {retry_line(options.name, options.flags)}"
+            again = retry_line(options.name, options.flags, source.final)
+            where = f"{options.as_named(where)}; when that is mended, run: {again}"
         raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
     source.discard()
 
@@ -2075,7 +2144,8 @@ def flag_column(schema: Schema, flag: str) -> Column:
 def query_command(options: Options) -> None:
     """Print the answer to an SQL question as CSV; - reads the SQL from standard input."""
     sql, output = options.words[1], options.last("--output")
-    refuse_database(output_path(output))
+    if output and is_database(output_path(output)):
+        raise Failure(f"{output} is a database; name another file for the output")
     PROGRESS.measure = lambda: ("no row yet", 0.0)
     if not output and not is_file(sys.stdout):
         PROGRESS.next = float("inf")  # the rows may go to the same terminal
@@ -2220,7 +2290,7 @@ FLAGS = {
     "--no-header": ("", "leave out the line with the columns' names"),
     "--dry-run": ("", "print what would be done, and do nothing"),
     "--drop": ("COLUMN", "drop COLUMN, which the schema no longer has; may be repeated"),
-    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or for NULL in a NOT NULL one; may be repeated"),
+    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or instead of NULL; may be repeated"),
     "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
     "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
 }
@@ -2331,7 +2401,8 @@ def keep_unread(arguments: list[str]) -> str:
     where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
     if not where.startswith("the input is kept"):
         return where
-    return f"{where}; run: {retry_line(name, flags) if name else 'python3 dbtool.py insert DATABASE < THAT-FILE'}"
+    again = retry_line(name, flags, source.final) if name else "python3 dbtool.py insert DATABASE < THAT-FILE"
+    return f"{where}; run: {again}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

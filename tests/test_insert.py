@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import DBTOOL, RECORD, ROOT, kept, process
 
+import dbtool
+
 
 def test_insert_stores_a_row_and_says_nothing(expect_success, rows, db_path):
     assert expect_success("insert", db_path, stdin=RECORD) == ""
@@ -88,8 +90,19 @@ def test_a_rule_of_the_table_does_not_drop_rows(call, expect_success, rows, db_p
     assert rows(db_path, "SELECT k, v FROM t") == [["1", "1.0"], ["2", "5.0"]]
 
 
+def test_the_rule_that_counts_is_that_of_the_file(call, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (k INTEGER UNIQUE, v REAL)")
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.execute("CREATE TABLE t (k INTEGER UNIQUE ON CONFLICT REPLACE, v REAL)")
+        db.execute("INSERT INTO t VALUES (1, 1)")
+        db.commit()
+    assert call("insert", db_path, "--schema", "s.sql", stdin={"k": 1, "v": 2}).status == 1
+    assert rows(db_path, "SELECT v FROM t") == [["1.0"]]
+
+
 def test_what_a_trigger_does_on_a_conflict_is_its_own_affair(expect_success, rows, db_path, tmp_path):
-    (tmp_path / "s.sql").write_text("""CREATE TABLE t (a TEXT); CREATE TABLE names (a TEXT UNIQUE);
+    (tmp_path / "s.sql").write_text("""CREATE TABLE t (a TEXT, conflicts INTEGER DEFAULT 0); -- no conflict on conflict
+        CREATE TABLE names (a TEXT UNIQUE);
         CREATE TRIGGER note AFTER INSERT ON t BEGIN INSERT OR IGNORE INTO names VALUES (NEW.a); END;""")
     expect_success("insert", db_path, "--schema", "s.sql", "--table", "t", stdin=[{"a": "x"}, {"a": "x"}])
     assert rows(db_path, "SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM names)") == [["2", "1"]]
@@ -98,7 +111,7 @@ def test_what_a_trigger_does_on_a_conflict_is_its_own_affair(expect_success, row
 @pytest.mark.parametrize(("made", "said"), [
     ("n INTEGER, x REAL, name INTEGER", "column name is INTEGER, but TEXT in s.sql; write there what it is, or change"),
     ("n TEXT, x REAL, name TEXT", "column n is TEXT, but INTEGER in s.sql; write there what it is, or change the file"),
-    ("n INTEGER, x, name TEXT", "column x is of no type, but REAL in s.sql; write there what it is, or change the file"),
+    ("n REAL, x REAL, name TEXT", "column n is REAL, but INTEGER in s.sql; write there what it is, or change the file"),
     ("N INTEGER, x REAL, name TEXT", "N is n in s.sql; for SQLite these are the same, so write N there")])
 def test_a_file_whose_types_would_change_values_is_refused(expect_failure, db_path, tmp_path, made, said):
     (tmp_path / "s.sql").write_text("CREATE TABLE t (n INT, x REAL, name TEXT);".replace("INT", "INTEGER"))
@@ -111,9 +124,45 @@ def test_a_file_whose_types_would_change_values_is_refused(expect_failure, db_pa
 def test_the_same_kind_of_type_by_another_name_is_no_difference(expect_success, rows, db_path, tmp_path):
     (tmp_path / "s.sql").write_text("CREATE TABLE t (n INTEGER, x REAL, name TEXT)")
     with contextlib.closing(sqlite3.connect(db_path)) as db:
-        db.execute("CREATE TABLE t (n BIGINT, x DOUBLE, name VARCHAR(20))")
+        db.execute("CREATE TABLE t (n BOOLEAN, x DOUBLE, name)")
     expect_success("insert", db_path, "--schema", "s.sql", stdin={"n": 5, "x": 1, "name": "007"})
-    assert rows(db_path, "SELECT * FROM t") == [["5", "1.0", "007"]]
+    assert rows(db_path, "SELECT *, typeof(n), typeof(name) FROM t") == [["5", "1.0", "007", "integer", "text"]]
+
+
+def test_columns_that_differ_in_the_case_of_other_letters(expect_success, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text('CREATE TABLE t ("δ" REAL, "Δ" REAL)', encoding="utf-8")
+    for _ in range(2):
+        expect_success("insert", db_path, "--schema", "s.sql", stdin={"δ": 1, "Δ": 2})
+    assert expect_success("migrate", db_path, "--schema", "s.sql") == ""
+    assert rows(db_path, "SELECT * FROM t") == [["1.0", "2.0"]] * 2
+
+
+def test_a_trigger_may_be_called_like_its_table(expect_success, rows, db_path, tmp_path):
+    (tmp_path / "s.sql").write_text("""CREATE TABLE t (a TEXT); CREATE TABLE log (a TEXT);
+        CREATE TRIGGER t AFTER INSERT ON t BEGIN INSERT INTO log VALUES (NEW.a); END;""")
+    expect_success("insert", db_path, "--schema", "s.sql", "--table", "t", stdin={"a": "x"})
+    assert rows(db_path, "SELECT a FROM log") == [["x"]]
+
+
+@pytest.mark.parametrize("data", ['[{"a": 1},\n{"a": 2}\n]\n', 'text\n [\n\n {"a": 1}\n, {"a": 2}]\ntext\n',
+                                  '[INFO]\n[1, 2]\n[]\n[{"a": 1}]\n{"a": 2}\n[\n'])
+def test_skip_text_does_not_pass_over_arrays_of_objects(call, rows, db_path, tmp_path, data):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (a INTEGER)")
+    result = call("insert", db_path, "--schema", "s.sql", "--skip-text", stdin=data.encode())
+    assert (result.status, result.out) == (0, "") and "{" not in result.err, result.err
+    assert rows(db_path, "SELECT a FROM t") == [["1"], ["2"]]
+    result = call("insert", db_path, "--schema", "s.sql", "--skip-text", stdin=b'[{"a": 3},\ntext\n{"a": 4}]')
+    assert result.status == 1 and 'record 2 (line 2): expected a JSON object, got "text' in result.err
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"a": {1, 2}}, "record 2: column a: expected a 64-bit integer or null, got "), ({1: 2}, "record 2: 1 is no column of t"),
+    ({"m": {"k": {1}}}, "record 2: column m: expected a string or null, got "), ({"m": {(1, 2): 3}}, "column m: expected")])
+def test_the_module_names_records_that_are_no_json(db_path, tmp_path, record, said):
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (a INTEGER, m TEXT DEFAULT NULL)")
+    with pytest.raises(dbtool.Failure) as info:
+        dbtool.insert(str(db_path), [{"a": 1}, {"a": 1, **record}], dbtool.read_schema("s.sql"))
+    assert said in str(info.value)
 
 
 def test_a_virtual_table_beside_the_results(expect_success, rows, db_path, tmp_path):

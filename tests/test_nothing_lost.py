@@ -14,7 +14,7 @@ import termios
 import time
 
 import pytest
-from conftest import DBTOOL, RECORD, kept, need, need_program, peak_memory, process, small_disk
+from conftest import DBTOOL, RECORD, ROOT, kept, need, need_program, peak_memory, process, small_disk
 
 import dbtool
 
@@ -594,6 +594,30 @@ def test_a_claim_whose_input_is_just_arriving_is_left(db_path):
     part.unlink()
     assert process("retry", db_path).returncode == 0
     assert not folder.exists() and count(db_path) == 1
+
+
+def test_the_line_to_paste_finds_what_is_kept_elsewhere(db_path, tmp_path):
+    for folder in ("here", "temporary"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "results.db-kept").write_text("in the way")
+    done = process("insert", db_path, stdin=b"{", cwd="here", env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
+    assert f"run: TMPDIR={tmp_path / 'here'} python3 dbtool.py retry {db_path}\n" in done.stderr.decode()
+    (file,) = (tmp_path / "here").iterdir()
+    file.write_bytes(GOOD)
+    line = done.stderr.decode().rpartition("run: ")[2].replace("python3 dbtool.py", f"{sys.executable} {ROOT}/dbtool.py")
+    assert subprocess.run(line, shell=True, capture_output=True, check=False).stderr == b""
+    assert count(db_path) == 1 and not file.exists()
+
+
+def test_input_is_kept_where_no_more_files_can_be_opened_even_for_modules(db_path):
+    need_program("strace")
+    need(sys.implementation.name == "cpython", "CPython")
+    for first in range(40, 90, 3):
+        done = subprocess.run(["strace", "-f", "-o", "/dev/null", "-e", "trace=openat", "-e",
+                               f"inject=openat:error=EMFILE:when={first}+", sys.executable, DBTOOL, "insert", db_path],
+                              input=DATA, capture_output=True, check=False, timeout=60)
+        if b"dbtool: " in done.stderr:  # it had begun
+            assert DATA in done.stderr and b"Traceback" not in done.stderr, (first, done.stderr)
 
 
 def test_a_file_that_is_cut_short_while_it_is_kept_ends_there(tmp_path):

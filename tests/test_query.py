@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -183,10 +184,31 @@ def test_aggregates_of_the_largest(expect_success, filled):
     assert expect_success("query", filled, sql, "--no-header") == "0.0,-1e+308,5e+307\n"
 
 
+def test_a_folder_called_like_a_journal_does_not_matter(expect_success, filled, tmp_path, monkeypatch):
+    shutil.copy(filled, "lab")
+    folder = tmp_path / "lab-journal"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert expect_success("query", filled, "SELECT 1 AS a") == "a\n1\n"
+    (tmp_path / "notes").write_text("no database")
+    expect_success("query", filled, "SELECT 1 AS a", "--output", tmp_path / "notes-journal")
+
+
+@pytest.mark.parametrize("command", [["query", "results.db", "SELECT 1", "--output", "pipe"], ["schema", "--schema", "pipe"]])
+def test_a_signal_while_a_pipe_is_opened(filled, tmp_path, command):
+    os.mkfifo("pipe")
+    with subprocess.Popen([sys.executable, DBTOOL, *command], stderr=subprocess.PIPE) as child:
+        time.sleep(0.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 143 and b"stopped by SIGTERM" in child.stderr.read()
+
+
 def test_a_broken_view_does_not_hide_the_mistake(expect_failure, filled):
     with contextlib.closing(sqlite3.connect(filled)) as db:
         db.execute("CREATE VIEW broken AS SELECT lost FROM nowhere")
-    assert 'no such column: epoch; did you mean "epochs"?' in expect_failure("query", filled, "SELECT epoch FROM results")
+    for column in "epoch", "results.epoch":
+        message = expect_failure("query", filled, f"SELECT {column} FROM results")
+        assert f'no such column: {column}; did you mean "epochs"?' in message
 
 
 def test_param_too_large(expect_failure, filled):

@@ -87,7 +87,7 @@ def test_snapshot_replaces_an_older_one(expect_success, db_path, tmp_path):
     ("results.db", ".", "is a folder or device"), ("results.db", "/dev/null", "is a folder or device"),
     ("results.db", "new/", "new/ is a folder; name a file in it"), ("cut.db", "copy.db", "is damaged; save what it holds"),
     ("results.db", "results.db-wal", "results.db-wal belongs to the database /"),
-    ("results.db", "text.db-journal", "text.db-journal belongs to the database /")])
+    ("results.db", "cut.db-journal", "cut.db-journal belongs to the database /")])
 def test_a_snapshot_that_fails_leaves_nothing(expect_success, expect_failure, db_path, tmp_path, source, target, said):
     expect_success("insert", db_path, stdin=RECORD)
     (tmp_path / "text.db").write_text("no database " * 100)
@@ -96,8 +96,7 @@ def test_a_snapshot_that_fails_leaves_nothing(expect_success, expect_failure, db
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.db", "results.db", "text.db"]
 
 
-@pytest.mark.parametrize("name", ["copy.db", "copy.db.gz"])
-def test_a_snapshot_is_as_private_as_its_source_while_it_grows(expect_success, db_path, tmp_path, monkeypatch, name):
+def test_a_snapshot_is_as_private_as_its_source_while_it_grows(expect_success, db_path, tmp_path, monkeypatch):
     expect_success("insert", db_path, stdin=RECORD)
     db_path.chmod(0o640)
     modes = set()
@@ -109,9 +108,8 @@ def test_a_snapshot_is_as_private_as_its_source_while_it_grows(expect_success, d
 
     packed = dbtool.packed
     monkeypatch.setattr(dbtool, "packed", spying)
-    expect_success("snapshot", db_path, name)
-    assert modes == ({0o600, 0o640} if name.endswith(".gz") else set())
-    assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    expect_success("snapshot", db_path, "copy.db.gz")
+    assert modes == {0o600, 0o640} and (tmp_path / "copy.db.gz").stat().st_mode & 0o777 == 0o640
 
 
 def test_snapshot_to_a_database_in_use(expect_success, expect_failure, db_path, tmp_path):
@@ -355,7 +353,8 @@ def test_migrate_everything(expect_success, expect_failure, db_path, tmp_path):
         assert (sql(db_path, "SELECT * FROM sqlite_master"), sql(db_path, "SELECT * FROM t")) == before
     out = expect_success("migrate", *new, "--drop", "gone", "--fill", "n=7", "--fill", "c=q")
     assert out.splitlines() == [
-        "add column n INTEGER", "retype column b from INTEGER to REAL", "drop column gone", "rewrite table t: 2 rows",
+        "add column n INTEGER", "retype column b from INTEGER to REAL", "fill column c: 1 rows", "drop column gone",
+        "rewrite table t: 2 rows",
         "replace index by_b", "replace view v", "create view w", "replace trigger g"]
     assert sql(db_path, "SELECT *, typeof(b) FROM t") == [(7, "p", 1.0, "x", "real"), (7, "q", 2.0, "y", "real")]
     made = dict(sql(db_path, "SELECT name, sql FROM sqlite_master"))
@@ -459,7 +458,7 @@ def test_migrate_refuses_what_would_break_a_trigger(expect_success, expect_failu
     sql(db_path, f"CREATE TRIGGER own AFTER {event} ON t BEGIN INSERT INTO log VALUES ({row}.h); END")
     (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT)")
     message = expect_failure("migrate", db_path, "--schema", "new.sql", "--drop", "h")
-    assert "trigger own would not work any more: " in message and message.endswith("; change or drop it first\n")
+    assert "a trigger of t would not work any more: no such column: " in message and message.endswith("; change or drop it first\n")
     sql(db_path, "DROP TRIGGER own")
     sql(db_path, f"CREATE TRIGGER own AFTER {event.partition(' ')[0]} ON t BEGIN INSERT INTO log VALUES ({row}.a); END")
     expect_success("migrate", db_path, "--schema", "new.sql", "--drop", "h")
@@ -469,14 +468,57 @@ def test_migrate_refuses_what_would_break_a_trigger(expect_success, expect_failu
     assert sql(db_path, "SELECT what FROM log") == [("x",)]
 
 
-def test_fill_is_for_what_the_schema_demands(expect_success, expect_failure, db_path, tmp_path):
+def test_fill_says_what_it_fills_and_does_it_once(expect_success, db_path, tmp_path):
     sql(db_path, "CREATE TABLE t (a TEXT, b TEXT)")
-    sql(db_path, "INSERT INTO t VALUES (NULL, NULL)")
-    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT, b TEXT NOT NULL, c TEXT)")
-    message = expect_failure("migrate", db_path, "--schema", "new.sql", "--fill", "a=x", "--fill", "b=y", status=2)
-    assert "--fill a: is for a column that is new, or NOT NULL now" in message
-    expect_success("migrate", db_path, "--schema", "new.sql", "--fill", "b=y", "--fill", "c=z")
-    assert sql(db_path, "SELECT * FROM t") == [(None, "y", "z")]
+    sql(db_path, "INSERT INTO t VALUES (NULL, NULL), (1, NULL)")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT CHECK (a IS NOT NULL), b TEXT, c TEXT)")
+    command = ("migrate", db_path, "--schema", "new.sql", "--fill", "a=x", "--fill", "c=z")
+    steps = "add column c TEXT\nfill column a: 1 rows\nrewrite table t: 2 rows\n"
+    assert expect_success(*command, "--dry-run") == steps
+    assert expect_success(*command) == steps
+    assert sql(db_path, "SELECT * FROM t") == [("x", None, "z"), ("1", None, "z")]
+    assert expect_success(*command) == ""
+    assert expect_success("migrate", db_path, "--schema", "new.sql", "--fill", "b=y") == "fill column b: 2 rows\n"
+    assert sql(db_path, "SELECT * FROM t") == [("x", "y", "z"), ("1", "y", "z")]
+
+
+@pytest.mark.parametrize("trigger", [
+    "AFTER UPDATE ON t BEGIN SELECT my_hash(NEW.a); END", "AFTER DELETE ON t BEGIN INSERT INTO gone VALUES (1); END",
+    "INSTEAD OF INSERT ON v BEGIN INSERT INTO t (a) VALUES (NEW.a); END"])
+def test_migrate_leaves_alone_what_did_not_work_before(expect_success, db_path, tmp_path, trigger):
+    sql(db_path, "CREATE TABLE t (a TEXT)")
+    sql(db_path, "CREATE VIEW v AS SELECT a FROM t")
+    sql(db_path, "CREATE VIEW broken AS SELECT a FROM lost")
+    sql(db_path, f"CREATE TRIGGER own {trigger}")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT, b TEXT)")
+    expect_success("migrate", db_path, "--schema", "new.sql")
+    assert len(sql(db_path, "SELECT * FROM sqlite_master")) == 4
+
+
+def test_migrate_refuses_what_would_break_the_trigger_of_another_table(expect_failure, db_path, tmp_path):
+    sql(db_path, "CREATE TABLE t (a TEXT, h TEXT)")
+    sql(db_path, "CREATE TABLE jobs (x)")
+    sql(db_path, "CREATE TRIGGER own AFTER INSERT ON jobs BEGIN INSERT INTO t (a, h) VALUES (NEW.x, NEW.x); END")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT)")
+    message = expect_failure("migrate", db_path, "--schema", "new.sql", "--drop", "h")
+    assert "a trigger of jobs would not work any more: table t has no column named h" in message
+
+
+def test_migrate_makes_a_virtual_table(expect_success, db_path, tmp_path):
+    sql(db_path, "CREATE TABLE t (a TEXT)")
+    (tmp_path / "new.sql").write_text("CREATE TABLE t (a TEXT); CREATE VIRTUAL TABLE words USING fts5 (a);")
+    expect_success("migrate", db_path, "--schema", "new.sql", "--table", "t")
+    sql(db_path, "INSERT INTO words VALUES ('some words')")
+    assert expect_success("migrate", db_path, "--schema", "new.sql", "--table", "t") == ""
+
+
+@pytest.mark.parametrize(("rule", "said"), [("REPLACE", "UNIQUE constraint failed: t.k"), ("IGNORE", "UNIQUE constraint failed")])
+def test_merge_drops_no_row_by_a_rule_of_the_table(expect_success, expect_failure, db_path, tmp_path, rule, said):
+    (tmp_path / "s.sql").write_text(f"CREATE TABLE t (id TEXT PRIMARY KEY, k INTEGER UNIQUE ON CONFLICT {rule})")
+    for name, key in (db_path, "a"), ("other.db", "b"):
+        expect_success("insert", name, "--schema", "s.sql", stdin={"id": key, "k": 1})
+    assert said in expect_failure("merge", db_path, "other.db", "--schema", "s.sql")
+    assert sql(db_path, "SELECT id FROM t") == [("a",)]
 
 
 def test_schema_shows_another_key(expect_success, db_path, tmp_path):
