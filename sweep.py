@@ -20,10 +20,12 @@ or the file is in use by another sweep: run it again.
 
 from __future__ import annotations
 
-import signal
+import _signal  # type: ignore[import-not-found]  # the C half, which loads no other module
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while dbtool loads
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # no traceback while dbtool loads
+
+import signal
 
 try:
     import dbtool
@@ -544,23 +546,23 @@ class Job:
         last = own[-1] if own else ""
         return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
 
-    def take_result(self, schema: Schema) -> None:
-        """Take the records that the job printed, and complete them; raise Failure if it failed."""
+    def check(self) -> None:
+        """Raise Misfit if the job has failed, whatever it printed."""
         if self.why_ended and (self.status or self.why_ended != STOPPED):
-            raise Failure(self.why_ended)
+            raise Misfit(self.why_ended)
         if self.status:
             how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
-            raise Failure(how + self.last_words())
+            raise Misfit(how + self.last_words())
+
+    def take_result(self, schema: Schema) -> None:
+        """Take the records that the job printed, and complete them; raise Misfit if they are no result."""
         try:
             found = list(dbtool.records(self.output(0), skip_text=True))
         except Failure as failure:
-            raise Failure(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
+            raise Misfit(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
         self.records = [self.complete(record, schema) for record in found]
-        try:
-            for _ in dbtool.Rows(schema, self.records, "fail").pairs:
-                pass
-        except Misfit as misfit:
-            raise Failure(self.why_refused(misfit)) from None
+        for _ in dbtool.Rows(schema, self.records, "fail").pairs:
+            pass
 
     def why_refused(self, misfit: Misfit) -> str:
         """Return what insert says of a record, without what only makes sense there."""
@@ -568,12 +570,12 @@ class Job:
         return why.replace("record 1: ", "", 1) if len(self.records) == 1 else why
 
     def complete(self, record: dict[str, Any], schema: Schema) -> dict[str, Any]:
-        """Fill in what the job left out; raise Failure if it says that it ran with other parameters."""
+        """Fill in what the job left out; raise Misfit if it says that it ran with other parameters."""
         for name, wanted in self.run.parameters.items():
             said = typed(schema.by_name[name], record.setdefault(name, wanted))
             if said != wanted:
                 wanted, said = ("null" if value is None else as_word(value) for value in (wanted, said))
-                raise Failure(f"it was to run with {name} {wanted}, but its result says {said};"
+                raise Misfit(f"it was to run with {name} {wanted}, but its result says {said};"
                               " is the parameter passed on, and printed as given?")
             record[name] = wanted
         if "metadata" in schema.by_name:
@@ -746,7 +748,7 @@ def descendants(token: str) -> Iterator[int]:
 
 
 class Writer:
-    """Stores results as they come, in a thread of its own; those that wait together share a transaction.
+    """Reads and stores results as they come, in a thread of its own; those that wait together share a transaction.
 
     `outcomes` holds (job, why it was refused or None), `kept` why results could not be stored and where
     they are, and `trouble` what stands in the way now.
@@ -786,7 +788,7 @@ class Writer:
             if not batch:
                 return
             try:
-                self.store(batch)
+                self.store([job for job in batch if self.has_result(job)])
             except BaseException as error:  # a bug; the main thread shows it
                 self.crash = error
                 self.keep([record for job in batch for record in job.records], None, Failure("an error in the program"))
@@ -795,8 +797,18 @@ class Writer:
                 return
             time.sleep(BURST_S)
 
+    def has_result(self, job: Job) -> bool:
+        try:
+            job.take_result(self.schema)
+        except Misfit as refusal:
+            self.outcomes.append((job, refusal))
+            return False
+        return True
+
     def store(self, batch: list[Job]) -> None:
         """Store the results of all jobs of a batch; if one is refused, each by itself."""
+        if not batch:
+            return
         claim: dbtool.Claim | None = None
         records = [record for job in batch for record in job.records]
 
@@ -855,10 +867,11 @@ class Lock:
                 if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
                     break
             self.file.close()
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {os.uname().nodename},"
-                        f" since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self.file.flush()
+        with contextlib.suppress(OSError):  # on a full disk, it locks all the same
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {os.uname().nodename},"
+                            f" since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            self.file.flush()
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
@@ -887,7 +900,7 @@ class Sweep:
 
     def go(self) -> int:
         """Run all; return the exit status."""
-        limit_descriptors(self.options.jobs)
+        limit_descriptors(min(self.options.jobs, self.total))
         self.check_writable()
         self.pool = Pool(self.options.timeout or math.inf)
         self.writer = Writer(self.path, self.schema, self.pool.wake)
@@ -950,9 +963,8 @@ class Sweep:
     def fill(self) -> None:
         while self.waiting and not self.stop_reason and len(self.pool.running) < self.options.jobs:
             run = self.waiting.popleft()
-            self.to_retry.pop(run, None)
             job = Job(run, self.command.for_run(run))
-            folder = os.path.join(self.options.workdir, self.label(run)) if self.options.workdir else None
+            folder = os.path.join(self.options.workdir, label(run, self.path)) if self.options.workdir else None
             try:
                 self.pool.start(job, folder)
             except ValueError as error:  # a NUL in a word
@@ -965,11 +977,11 @@ class Sweep:
                 self.failed(job, f"can't be started: {error.strerror}: {error.filename}")
 
     def collect(self, job: Job) -> None:
-        """Take the result of a job that has ended."""
+        """Pass on a job that has ended, for its result to be read and stored."""
         try:
-            job.take_result(self.schema)
-        except Failure as failure:
-            self.failed(job, str(failure))
+            job.check()
+        except Misfit as misfit:
+            self.failed(job, str(misfit))
         else:
             self.writing += 1
             self.writer.put(job)
@@ -1025,13 +1037,7 @@ class Sweep:
             self.writer.give_up.set()
 
     def log_path(self, run: Run) -> str:
-        return os.path.join(self.logs, self.label(run) + ".log")
-
-    def label(self, run: Run) -> str:
-        """Return a name for a run's files: readable, and distinct even if shortened, or if sweeps share a folder."""
-        pairs = [f"{name}-{as_word(value)}" for name, value in run.parameters.items()]
-        text = re.sub("[^A-Za-z0-9_.=+-]+", "_", "_".join([*pairs, f"sample-{run.sample}"]))
-        return f"{text[:120]}_{zlib.crc32(f'{os.path.basename(self.path)}: {run}'.encode()):08x}"
+        return os.path.join(self.logs, label(run, self.path if self.options.logs else "") + ".log")
 
     def write_log(self, job: Job, reason: str) -> str:
         """Write down a failed job: command, reason and all that it printed."""
@@ -1056,7 +1062,7 @@ class Sweep:
     def summary(self) -> int:
         """Say what was done and what is left; return the exit status."""
         left = self.total - self.stored
-        self.failures += [(run, *why) for run, why in self.to_retry.items()]
+        self.failures += [(run, *self.to_retry[run]) for run in self.waiting if run in self.to_retry]
         done = f"{self.name}: {self.stored:,} of {self.total:,} runs stored, {len(self.failures):,} failed"
         if self.unfinished:
             done += f", {self.unfinished:,} ended unfinished"
@@ -1076,6 +1082,13 @@ class Sweep:
         if left and (self.signals or any(why.status == dbtool.TRY_AGAIN for why, _ in self.writer.kept)):
             return dbtool.TRY_AGAIN
         return dbtool.REFUSED if left else 0
+
+
+def label(run: Run, path: str) -> str:
+    """Return a name for a run's files: readable, and distinct even where it is shortened or files share a folder."""
+    text = "_".join([*(f"{name}-{as_word(value)}" for name, value in run.parameters.items()), f"sample-{run.sample}"])
+    checksum = zlib.crc32(f"{path}{run}".encode(errors="surrogateescape"))
+    return f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', text)[:120]}_{checksum:08x}"
 
 
 def limit_descriptors(jobs: int) -> None:
@@ -1324,4 +1337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    for number in STOPPING:  # the status is known; a signal that comes while Python ends must not change it
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(status)

@@ -597,11 +597,52 @@ def test_a_thousand_jobs_at_once():
 
 
 def test_too_few_descriptors_are_an_error_at_once():
-    running = start("-p", "n=1", "--jobs", "1000", "--", *GOOD,
+    running = start("-p", "n=1..1000", "--jobs", "1000", "--", *GOOD,
                     preexec_fn=lambda: __import__("resource").setrlimit(7, (256, 256)))
     _, said = running.communicate(timeout=20)
     assert running.returncode == 2 and said == (
         "sweep: r.db: --jobs 1000 needs 4100 open files; this system allows 256\n")
+    running = start("-p", "n=1,2", "--jobs", "1000", "--", *GOOD,
+                    preexec_fn=lambda: __import__("resource").setrlimit(7, (256, 256)))
+    assert running.communicate(timeout=20)[1] == "sweep: r.db: 2 of 2 runs stored, 0 failed\n"
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"r\xff.db")
+    done = subprocess.run([sys.executable, SWEEP, name, "-p", "n=1,2", "--workdir", "work", "--", *GOOD],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.endswith(": 2 of 2 runs stored, 0 failed\n"), done.stderr
+    assert stored(os.fsencode(name)) == [1, 2]
+
+
+@pytest.mark.slow
+def test_signals_at_the_end_do_not_change_the_status():
+    for trial in range(20):
+        running = start("-p", "n=1..3", "--jobs", "1", *shell(f"sleep {LONG}"))
+        wait_for(lambda: len(sleeping()) == 1)
+        for _ in range(2):
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.03)
+        time.sleep(0.002 * trial)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 75
+        running.communicate()
+
+
+@pytest.mark.slow
+def test_a_lot_of_output_does_not_keep_the_others_waiting(tmp_path):
+    """Reading 60 MB of lines takes seconds, in which the other slot runs one job after another."""
+    script = ('[ "$1" != 1 ] || yes "epoch 1" | head -c 60000000; sleep 0.1; date +%s.%N >> times; echo "{\\"loss\\": 1}"')
+    running = start("-p", "n=1..60", "--jobs", "2", *shell(script))
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 0 and len(stored()) == 60, said
+    times = sorted(map(float, Path("times").read_text().split()))
+    assert max(later - earlier for earlier, later in zip(times, times[1:])) < 1
+
+
+def test_a_result_may_be_an_array_over_several_lines(swept):
+    swept("-p", "n=1", "--", "printf", '[INFO] start\n[{"loss": 1},\n{"loss": 2}\n]\n[done]\n')
+    assert stored() == [1, 1]
 
 
 @pytest.mark.slow
