@@ -864,7 +864,8 @@ def conflict_clause(db: Connection, table: str, on_conflict: str) -> str:
     """Return what stands after INSERT so that no constraint of the table drops or replaces rows by itself."""
     if on_conflict == "replace":
         return " OR REPLACE"
-    sql = scalar(db, "SELECT coalesce(max(sql), '') FROM sqlite_master WHERE type = 'table' AND name = ?", [table])
+    sql = scalar(db, "SELECT coalesce(max(sql), '') FROM sqlite_master WHERE type = 'table'"
+                 " AND name = ? COLLATE NOCASE", [table])
     # Only where it is needed, as OR ABORT overrules also what triggers say.
     words = " ".join(essence(sql)).upper() if "CONFLICT" in sql.upper() else ""
     return " OR ABORT" * ("ON CONFLICT IGNORE" in words or "ON CONFLICT REPLACE" in words)

@@ -67,6 +67,7 @@ def test_reading_keeps_its_lock_on_a_rollback_journal(expect_success, db_path, m
     assert dbtool.reading(str(db_path), try_to_write) == "tried"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["migrate", "results.db"], ["snapshot", "results.db", "copy.db"], ["schema", "results.db"],
                                    ["query", "results.db", "SELECT 1"], ["migrate", "results.db", "--dry-run"]], ids=" ".join)
 def test_every_command_waits_for_a_rollback_journal(expect_success, db_path, words, monkeypatch):

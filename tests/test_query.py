@@ -194,6 +194,7 @@ def test_a_folder_called_like_a_journal_does_not_matter(expect_success, filled, 
     expect_success("query", filled, "SELECT 1 AS a", "--output", tmp_path / "notes-journal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["query", "results.db", "SELECT 1", "--output", "pipe"], ["schema", "--schema", "pipe"]])
 def test_a_signal_while_a_pipe_is_opened(filled, tmp_path, command):
     os.mkfifo("pipe")

@@ -357,7 +357,8 @@ def test_what_a_job_leaves_behind_in_its_group_ends_with_it(swept):
 
 
 @pytest.mark.parametrize("number", [
-    signal.SIGINT, signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)),
+    signal.SIGINT,
+    *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)),
 ], ids=lambda number: number.name)
 def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
     script = f'if [ "$1" = 1 ]; then sleep 1; echo "{{\\"loss\\": 1}}"; else sleep {LONG}; fi'
@@ -410,6 +411,7 @@ def test_a_signal_while_planning_stops_it(tmp_path):
     assert (running.returncode, out, said) == (75, "", "sweep: r.db: stopped by SIGUSR1\n")
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_orphan_and_the_next_sweep_completes(swept):
     script = f'setsid sleep {LONG} & sleep {LONG}; echo "{{\\"loss\\": 1}}"'
     running = start("-p", "n=1..3", "--jobs", "3", *shell(script))
@@ -688,6 +690,7 @@ def test_trivial_jobs_run_at_three_times_the_rate_of_gnu_parallel():
 # ------------------------------------------------------------------------------------------------ report
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_one_line_in_place():
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
@@ -758,6 +761,7 @@ def test_a_function_that_fails_leaves_its_traceback_in_the_log(swept, module, fu
     assert reason in said and "Traceback" not in said and logged in logs()["n-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [
     ["parallel", "-j2"], ["xargs", "-d", "\\n", "-P", "2", "-I{}", "sh", "-c", "{}"], ["sh"]], ids=lambda words: words[0])
 def test_the_list_feeds_other_engines(call_sweep, swept, engine):

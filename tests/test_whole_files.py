@@ -634,6 +634,7 @@ def test_migrate_makes_a_missing_table(expect_success, expect_failure, db_path):
     assert "there is no such file" in expect_failure("migrate", "none.db")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 2, 5, 20, 60])
 def test_migrate_killed_is_all_or_nothing(expect_success, db_path, tmp_path, monkeypatch, when):
     strace = need_program("strace")
