@@ -428,6 +428,9 @@ def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
     """
     import inspect
 
+    for number in STOPPING:  # the sweep's own handlers only take note
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.path.insert(0, folder)
     sys.argv[:] = [target]  # whatever reads a command line finds no arguments
     result = os.fdopen(os.dup(1), "w")
@@ -546,20 +549,19 @@ class Job:
         last = own[-1] if own else ""
         return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
 
-    def check(self) -> None:
-        """Raise Misfit if the job has failed, whatever it printed."""
+    def take_result(self, schema: Schema) -> None:
+        """Take the records that the job printed, and complete them; raise Misfit if it failed."""
         if self.why_ended and (self.status or self.why_ended != STOPPED):
             raise Misfit(self.why_ended)
         if self.status:
             how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
             raise Misfit(how + self.last_words())
-
-    def take_result(self, schema: Schema) -> None:
-        """Take the records that the job printed, and complete them; raise Misfit if they are no result."""
         try:
             found = list(dbtool.records(self.output(0), skip_text=True))
         except Failure as failure:
             raise Misfit(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
+        except OSError as error:
+            raise Misfit(f"its output can't be read: {error.strerror}") from None
         self.records = [self.complete(record, schema) for record in found]
         for _ in dbtool.Rows(schema, self.records, "fail").pairs:
             pass
@@ -748,7 +750,7 @@ def descendants(token: str) -> Iterator[int]:
 
 
 class Writer:
-    """Reads and stores results as they come, in a thread of its own; those that wait together share a transaction.
+    """Stores results as they come, in a thread of its own; those that wait together share a transaction.
 
     `outcomes` holds (job, why it was refused or None), `kept` why results could not be stored and where
     they are, and `trouble` what stands in the way now.
@@ -788,7 +790,7 @@ class Writer:
             if not batch:
                 return
             try:
-                self.store([job for job in batch if self.has_result(job)])
+                self.store(batch)
             except BaseException as error:  # a bug; the main thread shows it
                 self.crash = error
                 self.keep([record for job in batch for record in job.records], None, Failure("an error in the program"))
@@ -797,18 +799,8 @@ class Writer:
                 return
             time.sleep(BURST_S)
 
-    def has_result(self, job: Job) -> bool:
-        try:
-            job.take_result(self.schema)
-        except Misfit as refusal:
-            self.outcomes.append((job, refusal))
-            return False
-        return True
-
     def store(self, batch: list[Job]) -> None:
         """Store the results of all jobs of a batch; if one is refused, each by itself."""
-        if not batch:
-            return
         claim: dbtool.Claim | None = None
         records = [record for job in batch for record in job.records]
 
@@ -877,7 +869,8 @@ class Lock:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
                 os.unlink(self.path)
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self.file.close()
 
 
 class Sweep:
@@ -977,11 +970,11 @@ class Sweep:
                 self.failed(job, f"can't be started: {error.strerror}: {error.filename}")
 
     def collect(self, job: Job) -> None:
-        """Pass on a job that has ended, for its result to be read and stored."""
+        """Take the result of a job that has ended."""
         try:
-            job.check()
+            job.take_result(self.schema)
         except Misfit as misfit:
-            self.failed(job, str(misfit))
+            self.failed(job, job.why_refused(misfit))
         else:
             self.writing += 1
             self.writer.put(job)
@@ -1316,7 +1309,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--call-once"]:
-        return call_once(*arguments[1:])
+        raise SystemExit(call_once(*arguments[1:]))
     where = ""
     try:
         split = arguments.index("--") if "--" in arguments else len(arguments)

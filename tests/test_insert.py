@@ -145,11 +145,11 @@ def test_a_trigger_may_be_called_like_its_table(expect_success, rows, db_path, t
 
 
 @pytest.mark.parametrize("data", ['[{"a": 1},\n{"a": 2}\n]\n', 'text\n [\n\n {"a": 1}\n, {"a": 2}]\ntext\n',
-                                  '[INFO]\n[1, 2]\n[]\n[{"a": 1}]\n{"a": 2}\n[\n'])
+                                  '[INFO]\n[1, 2]\n[]\n[{\'b\': 1}]\n[{"a": 1}]\n{"a": 2}\n[\n'])
 def test_skip_text_does_not_pass_over_arrays_of_objects(call, rows, db_path, tmp_path, data):
     (tmp_path / "s.sql").write_text("CREATE TABLE t (a INTEGER)")
     result = call("insert", db_path, "--schema", "s.sql", "--skip-text", stdin=data.encode())
-    assert (result.status, result.out) == (0, "") and "{" not in result.err, result.err
+    assert (result.status, result.out) == (0, "") and '"a"' not in result.err, result.err
     assert rows(db_path, "SELECT a FROM t") == [["1"], ["2"]]
     result = call("insert", db_path, "--schema", "s.sql", "--skip-text", stdin=b'[{"a": 3},\ntext\n{"a": 4}]')
     assert result.status == 1 and 'record 2 (line 2): expected a JSON object, got "text' in result.err

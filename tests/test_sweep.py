@@ -631,15 +631,35 @@ def test_signals_at_the_end_do_not_change_the_status():
         running.communicate()
 
 
-@pytest.mark.slow
-def test_a_lot_of_output_does_not_keep_the_others_waiting(tmp_path):
-    """Reading 60 MB of lines takes seconds, in which the other slot runs one job after another."""
-    script = ('[ "$1" != 1 ] || yes "epoch 1" | head -c 60000000; sleep 0.1; date +%s.%N >> times; echo "{\\"loss\\": 1}"')
-    running = start("-p", "n=1..60", "--jobs", "2", *shell(script))
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 0 and len(stored()) == 60, said
-    times = sorted(map(float, Path("times").read_text().split()))
-    assert max(later - earlier for earlier, later in zip(times, times[1:])) < 1
+def test_what_has_no_result_is_tried_again_before_anything_else(swept):
+    said = swept("-p", "n=1..5", "--jobs", "1", "--retries", "1", "--max-failures", "2",
+                 *shell('echo "$1" >> tried; echo text'), status=1)
+    assert "stopped by 2 failures: r.db: 0 of 5 runs stored, 2 failed, 5 left" in said
+    assert Path("tried").read_text().split() == ["1", "1", "2", "2"]
+
+
+def test_the_lock_on_a_full_disk_changes_no_status(swept, monkeypatch, tmp_path):
+    monkeypatch.setenv("DBTOOL_JOURNAL", "delete")
+    with small_disk(tmp_path, 1) as small:
+        os.symlink(small / "r.db", "r.db")
+        swept("-p", "n=1", "--", *GOOD)
+        with contextlib.suppress(OSError), open(small / "rest", "wb", buffering=0) as rest:
+            while True:
+                rest.write(b"x" * 512)
+        assert swept("-p", "n=1", "--", "false") == "sweep: r.db: nothing is missing\n"
+        assert not os.path.exists(small / "r.db-sweep.lock")
+
+
+def test_a_function_is_told_to_end(swept, tmp_path):
+    (tmp_path / "work.py").write_text("""import signal, sys, time
+def train(n):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cleaned up")) if n == 2 else None
+    time.sleep(30)
+""")
+    began = time.monotonic()
+    said = swept("-p", "n=1,2", "--jobs", "2", "--timeout", "1", "--call", "work:train", status=1)
+    assert "timed out after 1 s" in said and time.monotonic() - began < 4
+    assert "cleaned up" in logs()["n-2"]
 
 
 def test_a_result_may_be_an_array_over_several_lines(swept):
