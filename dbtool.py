@@ -1102,8 +1102,6 @@ class Input:
 
     def arriving(self) -> Iterator[bytes]:
         """Yield what comes in, each piece once it is held; a signal ends the wait but loses nothing."""
-        if self.ended:
-            return
         while not self.ended:
             with SIGNALS:
                 self.is_readable(None)
@@ -2099,7 +2097,7 @@ def retry_line(name: str, flags: Mapping[str, list[str]], kept: str) -> str:
         if value := flags.get(flag, [""])[-1]:
             given += [flag, value]
     words = [*given, "--", name] if name.startswith("-") else [name, *given]
-    return " ".join([f"{where}python3 dbtool.py retry", *(for_shell(word) for word in words if word)])
+    return " ".join([f"{where}python3 dbtool.py retry", *map(for_shell, words)])
 
 
 def insert_command(options: Options) -> None:

@@ -861,16 +861,14 @@ class Lock:
             self.file.close()
         with contextlib.suppress(OSError):  # on a full disk, it locks all the same
             self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {os.uname().nodename},"
-                            f" since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            self.file.flush()
+            holder = f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            os.write(self.file.fileno(), holder.encode())  # past the buffer, which would fail again when it is closed
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
                 os.unlink(self.path)
-        with contextlib.suppress(OSError):  # what a full disk did not take
-            self.file.close()
+        self.file.close()
 
 
 class Sweep:

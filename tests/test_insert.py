@@ -114,7 +114,7 @@ def test_what_a_trigger_does_on_a_conflict_is_its_own_affair(expect_success, row
     ("n REAL, x REAL, name TEXT", "column n is REAL, but INTEGER in s.sql; write there what it is, or change the file"),
     ("N INTEGER, x REAL, name TEXT", "N is n in s.sql; for SQLite these are the same, so write N there")])
 def test_a_file_whose_types_would_change_values_is_refused(expect_failure, db_path, tmp_path, made, said):
-    (tmp_path / "s.sql").write_text("CREATE TABLE t (n INT, x REAL, name TEXT);".replace("INT", "INTEGER"))
+    (tmp_path / "s.sql").write_text("CREATE TABLE t (n INTEGER, x REAL, name TEXT)")
     with contextlib.closing(sqlite3.connect(db_path)) as db:
         db.execute(f"CREATE TABLE t ({made})")
     message = expect_failure("insert", db_path, "--schema", "s.sql", stdin={"n": 5, "x": 1, "name": "007"})
