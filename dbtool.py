@@ -10,10 +10,9 @@ Commands (each has its own --help):
     insert_manual  store one row, each column given as a flag
     query          print the answer to an SQL question as CSV
     retry          store what insert had to keep aside
-    merge          add the rows of other files that this one does not have
-    snapshot       make a consistent copy while others write
-    migrate        bring a file to the columns of schema.sql
     schema         print the columns, and how a file differs
+
+dbadmin.py has what one does to a whole file now and then: merge, snapshot, migrate.
 
 The columns are those of schema.sql, beside this script. Many processes may insert at once. A result
 that reached standard input is never lost: it is a row, or in a file that the message names.
@@ -24,40 +23,46 @@ error); 128+N stopped by signal N. Messages go to standard error, one line each.
 
 from __future__ import annotations
 
-import codecs
-import io
-import itertools
 import os
-import stat
+import signal
 import sys
-import time
-from os.path import abspath, basename, dirname, exists, isdir, isfile, join, realpath
+
+if __name__ == "__main__":  # until there is a handler, a signal would end the program with the input still in the pipe
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+try:
+    import codecs
+    import contextlib
+    import errno
+    import io
+    import itertools
+    import json
+    import re
+    import select
+    import sqlite3
+    import stat
+    import time
+    from os.path import abspath, basename, dirname, exists, isdir, isfile, join, realpath
+except (ImportError, OSError) as missing:  # a Python without sqlite3, or no more files can be opened
+    if __name__ != "__main__":
+        raise
+    if "insert" in sys.argv[1:2]:
+        while data := os.read(0, 1 << 16):
+            os.write(2, data)
+    raise SystemExit(f"\ndbtool: {missing}: this Python can't be used; input, if any, stands above") from None
 
 TYPE_CHECKING = False  # what `typing` calls it; importing typing would cost a tenth of an insert's time
 if TYPE_CHECKING:
-    import signal
-    import sqlite3
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-    from operator import itemgetter
     from sqlite3 import Connection, Cursor
     from types import FrameType
     from typing import Any, Optional, TextIO, TypeVar
 
     Result = TypeVar("Result")
     Converter = Optional[Callable[[Any], Any]]
-    Plan = tuple[tuple[str, ...], list[tuple[int, Callable[[Any], Any]]]]  # keys, and the places of values to convert
-    Made = tuple[str, str, str]  # of a CREATE statement: type, name, SQL
+    SchemaObject = tuple[str, str, str]  # of a CREATE statement: type, name, SQL
     Batch = Sequence[Sequence[Any]]  # some rows
-    Claim = list[dict[str, Any]]  # rows that show whether a transaction happened
-else:
-    # The C halves: `signal` adds enums, and `sqlite3` dates, that nothing here needs; they would double the imports.
-    import _signal as signal
-
-    if __name__ == "__main__":  # until there is a handler
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-
-    import _sqlite3 as sqlite3
-    from _operator import itemgetter
+    Receipt = dict[str, Any]  # what tells whether a transaction happened: see insert_records
 
 __version__ = "0.1.0"
 
@@ -66,23 +71,58 @@ LOCK_TIMEOUT_S = 60.0
 LOCK_NAP_S = 0.05  # the longest sleep between two tries for a lock
 CHUNK_BYTES = 1 << 18
 SPOOL_BYTES = 1 << 22  # input beyond this waits in a file, not in memory
+VALUE_BYTES = 100_000_000  # the largest value that a query may make
 ROWS_AT_ONCE = 256
-STOPPING: dict[int, str] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 STEPS_BETWEEN_CHECKS = 50_000  # SQLite virtual-machine steps: some milliseconds
+UNSAFE_FUNCTIONS = ("fts3_tokenizer", "load_extension")
+
+
+# ------------------------------------------------------------------------- failures, signals, progress
 
 
 class Failure(Exception):
-    """Something the user should know: one line that says what, where and what to do, and the exit status."""
+    """Something the user should know: *why* in one line that says what and where, a *hint* what to do, and the
+    exit *status*."""
 
-    claim: Any = None  # set when COMMIT itself failed: the rows that show whether it did happen
-
-    def __init__(self, message: str, status: int = REFUSED) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, why: str, status: int = REFUSED, hint: str = "") -> None:
+        super().__init__(why + hint)
+        self.why, self.status, self.hint = why, status, hint
 
 
-class Misfit(Failure):
-    """A value that does not fit its column, or a record that does not fit its table."""
+class RecordRefused(Failure):
+    """A value that does not fit its column, or a record that does not fit its table; `number` says which record."""
+
+    number = 0  # from 1; 0 where only one is meant
+
+    def __str__(self) -> str:
+        return f"record {self.number}: {super().__str__()}" if self.number else super().__str__()
+
+
+class NoRecord(Failure):
+    """Input without any JSON object."""
+
+
+class CannotTell(Failure):
+    """Nothing tells whether a transaction has happened."""
+
+
+class CommitFailed(Failure):
+    """COMMIT itself failed: what was written may come to light all the same, which `receipts` tell later."""
+
+    receipts: Collection[Receipt] = ()
+
+
+# Signals whose default is not to end a program, which no program can catch, or which tell of a fault in it.
+NOT_STOPPING = ("KILL", "STOP", "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "URG", "WINCH", "INFO",
+                "SEGV", "BUS", "ILL", "FPE")
+STOPPING = frozenset(signal.valid_signals()) - {getattr(signal, f"SIG{name}", 0) for name in NOT_STOPPING}
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 class Signals:
@@ -91,8 +131,8 @@ class Signals:
     caught = 0
     open = False
 
-    def install(self) -> None:
-        for number in STOPPING:
+    def install(self, numbers: Iterable[int] = STOPPING) -> None:
+        for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or `&` in a script
                 signal.signal(number, self.handle)
 
@@ -104,12 +144,10 @@ class Signals:
     def check(self) -> None:
         if self.caught:
             self.open = False
-            raise Failure(f"stopped by {STOPPING[self.caught]}", SIGNALLED + self.caught)
+            raise Failure(f"stopped by {signal_name(self.caught)}", SIGNALLED + self.caught)
 
     def pending(self) -> int:
         """Tell SQLite whether to stop; a callback for sqlite3_progress_handler."""
-        for _ in range(2):  # PyPy runs signal handlers only where a loop goes round
-            pass
         PROGRESS.tick()
         return self.caught
 
@@ -123,14 +161,8 @@ class Signals:
 
 SIGNALS = Signals()
 if __name__ == "__main__":
-    SIGNALS.install()  # now: without a handler, a signal would end the program with the input still in the pipe
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-def report(message: str) -> None:
-    PROGRESS.clear()
-    if message:
-        complain(f"dbtool: {' '.join(message.splitlines())}\n")
+    SIGNALS.install()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
 def complain(text: str) -> None:
@@ -143,11 +175,39 @@ def complain(text: str) -> None:
         pass
 
 
+def one_line(text: str) -> str:
+    """Return *text* with an escape for each character that can't be printed, such as a newline in a file's name."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+program_name = "dbtool"  # of the script that runs, for its messages
+
+
+def report(message: str) -> None:
+    PROGRESS.clear()
+    complain(f"{program_name}: {one_line(message)}\n")
+
+
+def script(name: str = "dbtool") -> str:
+    """Return how to call a script of this project."""
+    return f"python3 {name}.py"
+
+
+def for_shell(word: str) -> str:
+    """Quote a word for the shell: as shlex does, but in one line whatever is in it."""
+    if not word.isprintable():
+        escapes = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "'": "\\'", "\\": "\\\\"}
+        return "$'" + "".join(escapes.get(char) or (char if char.isprintable() else "".join(
+            f"\\x{byte:02x}" for byte in os.fsencode(char))) for char in word) + "'"
+    is_plain = word.isascii() and all(char.isalnum() or char in "@%+=:,./_-" for char in word)
+    return word if word and is_plain else "'" + word.replace("'", "'\\''") + "'"
+
+
 class Progress:
     """A line on a terminal that tells how far long work has got. Elsewhere, and in the first second, nothing."""
 
-    # What SQLite's work shows: a text, and the share that is done.
-    measure: Callable[[], tuple[str, float]] | None = None
+    measure: Callable[[], tuple[str, float]] | None = None  # what SQLite's work shows: a text, and the fraction done
     shown = False
     start, next = 0.0, float("inf")
 
@@ -156,15 +216,18 @@ class Progress:
         self.start = time.monotonic()
         self.next = self.start + 1.0 if sys.stderr and sys.stderr.isatty() else float("inf")
 
-    def show(self, text: str, share: float = 0.0) -> None:
-        """Show *text* and, if the *share* that is done is known, percent and time left."""
+    def show(self, text: str, fraction: float = 0.0) -> None:
+        """Show *text* and, if the *fraction* that is done is known, percent and time left."""
         now = time.monotonic()
-        if now >= self.next:
-            self.next, self.shown = now + 0.2, True
-            share = min(share, 0.99)
-            seconds = int((now - self.start) * (1 / share - 1 if share else 1))
-            ending = f"{share:.0%}, {seconds // 60}:{seconds % 60:02} left" if share else f"{seconds} s"
-            complain(f"\r\x1b[K{text}, {ending}")
+        if now < self.next:
+            return
+        self.next, self.shown = now + 0.2, True
+        ending = f"{int(now - self.start)} s"
+        if fraction:
+            fraction = min(fraction, 0.99)
+            seconds = int((now - self.start) * (1 / fraction - 1))
+            ending = f"{fraction:.0%}, {seconds // 60}:{seconds % 60:02} left"
+        complain(f"\r\x1b[K{text}, {ending}")
 
     def tick(self) -> None:
         if self.measure:
@@ -205,11 +268,11 @@ class Column:
 
 
 class Schema:
-    """The results table of a schema.sql: its name, columns, and every CREATE statement of the file."""
+    """The results table of a schema.sql: its name, its columns, and every CREATE statement of the file."""
 
-    def __init__(self, path: str, table: str, by_name: dict[str, Column], made: list[Made]) -> None:
+    def __init__(self, path: str, table: str, by_name: dict[str, Column], objects: list[SchemaObject]) -> None:
         self.path, self.table, self.by_name = path, table, by_name
-        self.made = made  # (type, name, CREATE statement) in the file's order
+        self.objects = objects  # (type, name, CREATE statement) in the file's order
         self.columns = list(by_name.values())
         self.key = [column for column in self.columns if column.key]
 
@@ -231,12 +294,6 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def for_shell(word: str) -> str:
-    """Quote a word for the shell: as shlex does, which could not be imported if no more files can be opened."""
-    is_plain = word.isascii() and all(char.isalnum() or char in "@%+=:,./_-" for char in word)
-    return word if is_plain else "'" + word.replace("'", "'\\''") + "'"
-
-
 def columns_of(db: Connection, table: str) -> dict[str, Column]:
     """Return the columns of *table* by their names, none if there is no such table."""
     rows = db.execute(f"PRAGMA main.table_xinfo({quote(table)})").fetchall()
@@ -246,70 +303,88 @@ def columns_of(db: Connection, table: str) -> dict[str, Column]:
     return {row[1]: Column(row, rowid_alias) for row in rows}
 
 
-MADE = ("SELECT type, name, sql FROM sqlite_master"
-        " WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY rowid")
+SELECT_OBJECTS = ("SELECT type, name, sql FROM sqlite_master"
+                  " WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY rowid")
+
+
+def scalar(db: Connection, sql: str, parameters: Sequence[Any] = ()) -> Any:
+    """Return the first value of the first row."""
+    return db.execute(sql, parameters).fetchone()[0]
+
+
+def authorize_schema(action: int, first: str | None, second: str | None, *_: object) -> int:
+    """Deny what would reach beyond the database in memory; a callback for sqlite3_set_authorizer."""
+    reaches_out = (
+        action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH)  # VACUUM INTO attaches, too
+        or (action == sqlite3.SQLITE_FUNCTION and str(second).lower() in UNSAFE_FUNCTIONS)
+        or (action == sqlite3.SQLITE_PRAGMA and str(first).lower().endswith("_directory")))
+    return sqlite3.SQLITE_DENY if reaches_out else sqlite3.SQLITE_OK
 
 
 def read_schema(path: str | None = None, table: str | None = None) -> Schema:
-    """Read the columns from an SQL file by running it in memory.
+    """Read the columns from an SQL file by running it in memory, where it can reach no other file.
 
     *path* defaults to DBTOOL_SCHEMA, else to schema.sql beside this script; *table* to DBTOOL_TABLE,
     else to the file's only table. Raises Failure.
     """
     path = path or os.environ.get("DBTOOL_SCHEMA") or join(dirname(realpath(__file__)), "schema.sql")
-    db = sqlite3.connect(":memory:")
     try:
-        with SIGNALS, open(path, encoding="utf-8") as file:
-            db.executescript(file.read())
-        made = db.execute(MADE).fetchall()
-        tables = [name for kind, name, _ in made if kind == "table"]
-        if not tables:
-            raise Failure(f"{path}: has no CREATE TABLE")
-        table = table or os.environ.get("DBTOOL_TABLE") or (tables[0] if len(tables) == 1 else "")
-        if table not in tables:
-            raise Failure(f"{path}: has tables {', '.join(tables)}{f', and no {table}' if table else ''}; name one of"
-                          " them with --table")
-        return Schema(path, table, columns_of(db, table), made)
+        with contextlib.closing(sqlite3.connect(":memory:")) as db:
+            db.set_authorizer(authorize_schema)
+            db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
+            with SIGNALS, open(path, encoding="utf-8") as file:
+                text = file.read()
+            db.executescript(text)
+            objects = db.execute(SELECT_OBJECTS).fetchall()
+            table = chosen_table(path, [name for kind, name, _ in objects if kind == "table"], table)
+            return Schema(path, table, columns_of(db, table), objects)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; name the schema with --schema FILE or DBTOOL_SCHEMA") from None
     except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+        SIGNALS.check()
         raise Failure(f"{path}: {error}") from None
-    finally:
-        db.close()
 
 
-def tokens(sql: str) -> list[str]:
-    """Return the words, names, texts, marks and comments of SQL, and a newline where there is one between them."""
-    import re
+def chosen_table(path: str, tables: list[str], wanted: str | None) -> str:
+    wanted = wanted or os.environ.get("DBTOOL_TABLE")
+    if not tables:
+        raise Failure(f"{path}: has no CREATE TABLE")
+    if wanted in tables:
+        return wanted
+    if wanted or len(tables) > 1:
+        raise Failure(f"{path}: has tables {', '.join(tables)}{f', and no {wanted}' if wanted else ''}; name one of"
+                      " them with --table")
+    return tables[0]
 
-    return re.findall(r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^]]*\]|\w+|\n|\S""", sql, re.S)
+
+TOKEN = re.compile(r"""--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^]]*\]|\w+|\n|\S""", re.S)
 
 
 def unquoted(token: str) -> str:
     return token[1:-1].replace('""', '"') if token[0] in '"`[' else token
 
 
-def essence(sql: str) -> list[str]:
+def normalized_tokens(sql: str) -> list[str]:
     """Return what SQL says without comments, white space and the quotes of names."""
-    return [unquoted(token) for token in tokens(sql) if not token.startswith(("--", "/*", "\n"))]
+    return [unquoted(token) for token in TOKEN.findall(sql) if not token.startswith(("--", "/*", "\n"))]
 
 
 def descriptions(schema: Schema) -> dict[str, str]:
     """Return what the comments in schema.sql say of each column: the `--` that ends its definition."""
-    (sql,) = (sql for kind, name, sql in schema.made if kind == "table" and name == schema.table)
+    (sql,) = (sql for kind, name, sql in schema.objects if kind == "table" and name == schema.table)
     found: dict[str, str] = {}
-    depth, column, before = 0, "", "\n"
-    is_name = False  # whether the next word is a column's name
-    for token in tokens(sql):
+    depth, column, previous = 0, "", "\n"
+    name_is_next = False
+    for token in TOKEN.findall(sql):
         if token in "(,)":
             depth += {"(": 1, ")": -1, ",": 0}[token]
-            is_name = depth == 1 and token != ")"
+            name_is_next = depth == 1 and token != ")"
         elif token.startswith("--"):
-            if before != "\n":
+            if previous != "\n":
                 found.setdefault(column, token[2:].strip())
-        elif is_name and not token.startswith(("\n", "/*")):
-            column, is_name = unquoted(token), False
-        before = token
+        elif name_is_next and not token.startswith(("\n", "/*")):
+            column, name_is_next = unquoted(token), False
+        previous = token
     return found
 
 
@@ -338,59 +413,74 @@ def no_nan(value: float) -> float:
     return value
 
 
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def json_text(value: Any) -> str:
     """Return compact JSON text that SQLite's JSON functions can read: NaN and Infinity become null."""
-    import json
-
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    text = encode(value)
+    text = encode_json(value)
     if "NaN" in text or "Infinity" in text:
-        text = encode(json.loads(text, parse_constant=lambda name: None))
+        text = encode_json(json.loads(text, parse_constant=lambda name: None))
     return text
 
 
-def structure(value: Any) -> str | bytes:
+def json_or_blob(value: Any) -> str | bytes:
     """Return an object or array as JSON text, and {"$hex": "…"}, which query prints for a BLOB, as that BLOB."""
     if type(value) is dict and list(value) == ["$hex"] and type(value["$hex"]) is str:
         return bytes.fromhex(value["$hex"])
     return json_text(value)
 
 
-# What becomes of a JSON value of each type in a column of each affinity: None stores it as it is, a
-# function converts it or raises ValueError, and a type that is missing is refused.
-ANYTHING: dict[type, Converter] = {
-    int: None, float: no_nan, bool: int, str: None, dict: structure, list: structure, bytes: None}
-FITS: dict[str, dict[type, Converter]] = {
-    "INTEGER": {int: None, float: whole, bool: int},
-    "REAL": {int: exact, float: no_nan},
-    "TEXT": {str: None, dict: structure, list: structure, bytes: None},
-    "NUMERIC": ANYTHING,
-    "BLOB": ANYTHING,
+def blob_as_json(blob: bytes) -> dict[str, str]:
+    """Return a BLOB as what json_or_blob() makes one of; for the json module."""
+    return {"$hex": blob.hex()}
+
+
+class Rule:
+    """How columns of one affinity take the values of JSON.
+
+    `conversions` says what becomes of a value of each type: None stores it as it is, a function converts
+    it or raises ValueError, and a type that is missing is refused. `wanted` are the words of a refusal.
+    `keeps` are the affinities whose values it stores as they are, or as an equal number.
+    """
+
+    def __init__(self, wanted: str, conversions: dict[type, Converter], keeps: Sequence[str]) -> None:
+        self.wanted, self.conversions, self.keeps = wanted, conversions, keeps
+
+
+def rule_for_anything(*keeps: str) -> Rule:
+    return Rule("a 64-bit integer or float, text, an object or an array",
+                {int: None, float: no_nan, bool: int, str: None, dict: json_or_blob, list: json_or_blob, bytes: None},
+                keeps)
+
+
+RULES = {
+    "INTEGER": Rule("a 64-bit integer", {int: None, float: whole, bool: int}, ("INTEGER", "REAL", "NUMERIC")),
+    "REAL": Rule("a number that a 64-bit float holds", {int: exact, float: no_nan}, ("REAL",)),
+    "TEXT": Rule("a string", {str: None, dict: json_or_blob, list: json_or_blob, bytes: None}, ("TEXT",)),
+    "NUMERIC": rule_for_anything("INTEGER", "REAL", "NUMERIC"),
+    "BLOB": rule_for_anything("INTEGER", "REAL", "TEXT", "NUMERIC", "BLOB"),
 }
 # NaN is how Python prints a run that diverged; SQLite has NULL for it, and makes that of it by itself.
-FITS_NULLABLE: dict[Converter, Converter] = {no_nan: None, whole: whole_or_nan}
-WANTED = {"INTEGER": "a 64-bit integer", "REAL": "a number that a 64-bit float holds", "TEXT": "a string",
-          "NUMERIC": "a 64-bit integer or float, text, an object or an array",
-          "BLOB": "a 64-bit integer or float, text, an object or an array"}
-
-
-UNFIT = (ValueError, OverflowError, RecursionError, TypeError)  # how a conversion says that a value does not fit
+WHERE_NULLABLE: dict[Converter, Converter] = {no_nan: None, whole: whole_or_nan}
+CONVERSION_ERRORS = (ValueError, OverflowError, RecursionError, TypeError)  # how a conversion says that it can't
 
 
 def converter(column: Column, kind: type) -> Converter:
-    """Return how a value of type *kind* is stored in *column*, as in FITS; raise ValueError if it is refused."""
-    fits = FITS[column.affinity]
+    """Return how a value of type *kind* is stored in *column*, as in its Rule; raise ValueError if it is refused."""
     if kind is type(None) and column.nullable:
         return None
+    conversions = RULES[column.affinity].conversions
     for base in (bool,) if kind is bool else kind.__mro__:  # NumPy's float64, for one, is a float
-        if base in fits:
-            convert = fits[base]
-            return FITS_NULLABLE.get(convert, convert) if column.nullable else convert
+        if base in conversions:
+            convert = conversions[base]
+            return WHERE_NULLABLE.get(convert, convert) if column.nullable else convert
     raise ValueError
 
 
 def fit(column: Column, value: Any) -> Any:
-    """Return *value*, as it came from JSON, as SQLite should store it in *column*; raise Misfit if it does not fit."""
+    """Return *value*, as it came from JSON, as SQLite should store it in *column*; raise RecordRefused if it does not
+    fit."""
     try:
         convert = converter(column, type(value))
         stored = convert(value) if convert else value
@@ -399,18 +489,19 @@ def fit(column: Column, value: Any) -> Any:
         if isinstance(stored, str):
             stored.encode()  # half of a surrogate pair is no text
         return stored
-    except UNFIT as error:
-        wanted = WANTED[column.affinity] + (" or null" if column.nullable else "")
-        why = (", which has half of a surrogate pair, or a byte that is not UTF-8"
-               if isinstance(error, UnicodeEncodeError) else
-               ", which SQLite makes NULL" if isinstance(value, float) and value != value else "")
-        raise Misfit(f"column {column.name}: expected {wanted}, got {shown(value)}{why}") from None
+    except CONVERSION_ERRORS as error:
+        wanted = RULES[column.affinity].wanted + (" or null" if column.nullable else "")
+        why = ""
+        if isinstance(error, UnicodeEncodeError):
+            why = ", which has half of a surrogate pair, or a byte that is not UTF-8"
+        elif isinstance(value, float) and value != value:
+            why = ", which SQLite makes NULL"
+        raise RecordRefused(f"column {column.name}: expected {wanted}, got {shown(value)}{why}") from None
 
 
 def fit_text(column: Column, text: str) -> Any:
-    """Return *text*, typed by a person, as SQLite should store it in *column*; raise Misfit if it does not fit."""
-    import json
-
+    """Return *text*, typed by a person, as SQLite should store it in *column*; raise RecordRefused if it does not
+    fit."""
     if column.affinity == "TEXT":
         return fit(column, text)
     readers: list[Callable[[str], Any]] = [lambda text: json.loads(text, parse_float=finite)]
@@ -427,8 +518,6 @@ def fit_text(column: Column, text: str) -> Any:
 
 def shown(value: Any) -> str:
     """Return *value* as a short text for a message."""
-    import json
-
     try:
         text = json.dumps(value, default=repr)
     except (ValueError, RecursionError, TypeError):
@@ -439,10 +528,14 @@ def shown(value: Any) -> str:
 # --------------------------------------------------------------------------------------------- records
 
 
+class NotJSON(ValueError):
+    """What this program, and not the json module, has against a text."""
+
+
 def finite(text: str) -> float:
     value = float(text)
     if value - value:  # infinite: written as a number, not as Infinity
-        raise ValueError(f"the number {text[:40]} is too large")
+        raise NotJSON(f"the number {text[:40]} is too large")
     return value
 
 
@@ -450,33 +543,17 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(max(names, key=names.count))} stands in one object twice")
+        raise NotJSON(f"the key {shown(max(names, key=names.count))} stands in one object twice")
     return record
 
 
-def scanner() -> Any:
-    """Return the function of the json module that reads one value, from its C half where there is one.
-
-    The other half compiles regular expressions when it is imported: a tenth of the time an insert takes.
-    """
-    try:
-        from _json import make_scanner
-    except ImportError:
-        import json
-
-        decoder: Any = json.JSONDecoder(parse_float=finite, object_pairs_hook=distinct)
-        return decoder.scan_once
-    settings = {"strict": True, "parse_float": finite, "parse_int": int, "parse_constant": float,
-                "object_hook": None, "object_pairs_hook": distinct}
-    return make_scanner(type("Settings", (), settings))  # type: ignore[arg-type]
-
-
-SCAN = scanner()
-WHITESPACE = " \t\r\n"
-LOOK_AHEAD = 256  # characters within which an array shows that it is one, and not a line of text
+read_value = json.JSONDecoder(parse_float=finite, object_pairs_hook=distinct).raw_decode
+WHITESPACE = " \t\r\n\ufeff"  # between records; PowerShell and others write a byte order mark
+ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\^_])")  # an ANSI escape sequence: ECMA-48, section 5.4
+ESCAPE_LENGTH = 32  # no longer one is waited for
 TAIL = 16  # an error this close to the end of the text may only mean that more is to come
-# What may come next: at the top level, after "[", after an element, after ",".
-TOP, FIRST, NEXT, ELEMENT = "{[", "{]", ",]", "{"
+TOP, FIRST, NEXT, ELEMENT = "top level", 'after "["', "after an element", 'after ","'  # where a list of records is
+MAY_COME = {TOP: "{[", FIRST: "{]", NEXT: ",]", ELEMENT: "{"}
 
 
 class Text:
@@ -488,6 +565,7 @@ class Text:
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if skip_text else "strict")
         self.text, self.position, self.line, self.count = "", 0, 1, 0
         self.broken, self.ended, self.starts_line = "", False, True
+        self.held = ""  # a carriage return at the very end, which may be half of CRLF
 
     def more(self) -> bool:
         """Add as much text as is unread, so that a long record is scanned only a few times; False if it has ended."""
@@ -495,50 +573,73 @@ class Text:
             return False
         start = self.text.rfind("\n", 0, self.position) + 1 if self.starts_line else self.position  # with its indent
         self.line += self.text.count("\n", 0, start)
-        parts = [self.text[start:]]
-        wanted = len(parts[0])
+        pieces = [self.text[start:]]
+        wanted = len(pieces[0])
         while wanted >= 0 and not self.ended:
-            chunk = next(self.incoming, None)
-            self.ended = chunk is None
-            try:
-                parts.append(self.decoder.decode(chunk or b"", self.ended))
-            except UnicodeDecodeError as error:
-                parts.append(error.object[:error.start].decode())
-                self.broken, self.ended = f"byte 0x{error.object[error.start]:02x} is not UTF-8", True
-            wanted -= len(parts[-1])
-        self.text, self.position = "".join(parts), self.position - start
-        if self.skip_text:
-            self.text = self.text.replace("\r\n", "\n").replace("\r", "\n")
+            piece = self.decoded(next(self.incoming, None))
+            pieces.append(self.with_line_feeds(piece) if self.skip_text else piece)
+            wanted -= len(pieces[-1])
+        self.text, self.position = "".join(pieces), self.position - start
         return True
+
+    def decoded(self, chunk: bytes | None) -> str:
+        self.ended = chunk is None
+        try:
+            return self.decoder.decode(chunk or b"", self.ended)
+        except UnicodeDecodeError as error:
+            self.broken, self.ended = f"byte 0x{error.object[error.start]:02x} is not UTF-8", True
+            return error.object[:error.start].decode()
+
+    def with_line_feeds(self, piece: str) -> str:
+        """Return *piece* with "\n" for each end of a line: a progress bar ends it by going back to its start."""
+        piece, self.held = self.held + piece, ""
+        if piece.endswith("\r") and not self.ended:
+            piece, self.held = piece[:-1], "\r"
+        return piece.replace("\r\n", "\n").replace("\r", "\n")
 
     def next(self) -> str:
         """Go on to the next character that is no white space; return it, or nothing at the end."""
         while True:
             while self.position < len(self.text):
                 char = self.text[self.position]
-                if char not in WHITESPACE:
+                if char == "\x1b" and self.skip_text and (length := self.escape_length()):
+                    self.position += length
+                elif char in WHITESPACE:
+                    self.starts_line = self.starts_line or char == "\n"
+                    self.position += 1
+                else:
                     return char
-                self.starts_line = self.starts_line or char == "\n"
-                self.position += 1
             if not self.more():
                 return ""
 
+    def escape_length(self) -> int:
+        """Return how many characters of an ANSI escape stand here, such as a progress bar leaves before a result."""
+        while len(self.text) - self.position < ESCAPE_LENGTH and self.more():
+            pass
+        match = ESCAPE.match(self.text, self.position)
+        return match.end() - self.position if match else 0
+
     def record(self) -> dict[str, Any]:
         """Read the object that begins here."""
-        record: dict[str, Any]
         while True:
             try:
-                record, self.position = SCAN(self.text, self.position)
+                record: dict[str, Any]
+                record, self.position = read_value(self.text, self.position)
                 self.count += 1
                 return record
-            except SystemError:  # before Python 3.12, the C half raises no error until this is imported
-                __import__("json.decoder")
-            except (ValueError, StopIteration, RecursionError) as error:
-                self.extend(*what_is_wrong(error, self.text, self.position))
+            except (ValueError, RecursionError) as error:
+                self.extend(error)
 
-    def extend(self, why: str, at: int) -> None:
-        """Read on, if the object may just not have ended yet; otherwise raise *why* it does not parse *at* a place."""
-        is_endless = why.startswith("unterminated string")
+    def extend(self, error: Exception) -> None:
+        """Read on, if the object may just not have ended yet; otherwise raise why it does not parse."""
+        why, at, is_endless = "", self.position, False
+        if isinstance(error, json.JSONDecodeError):
+            why, at = f"{error.msg.lower()} near {shown(self.text[error.pos:error.pos + 20])}", error.pos
+            is_endless = error.msg.startswith("Unterminated string")  # with the place where it starts
+        elif isinstance(error, RecursionError):
+            why = "it is nested too deeply"
+        else:  # Python's own limit is on the digits of an integer
+            why = str(error) if isinstance(error, NotJSON) else "an integer of thousands of digits"
         is_near_end = is_endless or at >= len(self.text) - TAIL
         if is_near_end and self.more():
             return
@@ -549,14 +650,21 @@ class Text:
         raise self.malformed(f"not valid JSON: {why}", at) from None
 
     def begins_record(self) -> bool:
-        """Tell whether an object, or an array of objects, begins here, and not a line of text."""
-        if self.text[self.position] != "[":
-            return self.text[self.position] in "{\ufeff"
+        """Tell whether an object, or an array of objects, begins here, and not a line of text such as {'a': 1}."""
+        first = self.text[self.position]
+        if first not in "{[":
+            return False
+        beginnings = ('[{"', "[{}") if first == "[" else ('{"', "{}")
+        length = len(beginnings[0])
+        looked_at = 64
         while True:
-            ahead = self.text[self.position:self.position + LOOK_AHEAD]
-            start = "".join(ahead.split())[:3]
-            if len(start) == 3 or len(ahead) == LOOK_AHEAD or not self.more():
-                return start in ('[{"', "[{}")
+            ahead = "".join(self.text[self.position:self.position + looked_at].split())[:length]
+            if len(ahead) == length or not beginnings[0].startswith(ahead):
+                return ahead in beginnings
+            if self.position + looked_at < len(self.text):
+                looked_at *= 2
+            elif not self.more():
+                return first == "{"  # cut off in the middle
 
     def rest_of_line(self) -> str:
         while (end := self.text.find("\n", self.position)) < 0 and self.more():
@@ -566,14 +674,13 @@ class Text:
         return self.text[start:self.position] + "\n"
 
     def unexpected(self, char: str) -> Failure:
-        if char == "\ufeff" and not self.count:
-            return self.malformed("begins with a byte order mark; write UTF-8 without one")
         hint = "; insert --skip-text passes over lines of text" if char.isalpha() and not self.skip_text else ""
-        return self.malformed(f"expected a JSON object, got {shown(self.text[self.position:self.position + 20])}{hint}")
+        here = shown(self.text[self.position:self.position + 20])
+        return self.malformed(f"expected a JSON object, got {here}", hint=hint)
 
-    def malformed(self, why: str, at: int | None = None) -> Failure:
+    def malformed(self, why: str, at: int | None = None, hint: str = "") -> Failure:
         line = self.line + self.text.count("\n", 0, self.position if at is None else at)
-        return Failure(f"record {self.count + 1} (line {line}): {why}")
+        return Failure(f"record {self.count + 1} (line {line}): {why}", hint=hint)
 
 
 def records(chunks: Iterable[bytes], skip_text: bool = False,
@@ -581,56 +688,44 @@ def records(chunks: Iterable[bytes], skip_text: bool = False,
     """Yield the JSON objects in *chunks* of UTF-8: one, many one after another, or an array.
 
     Memory is bounded by the longest record. With *skip_text*, lines that do not begin like an object,
-    or an array of them, go to *echo*. Raises Failure, which names the record's number and line.
+    or an array of them, go to *echo*. Raises Failure, which names the record's number and line, and
+    NoRecord if there is none.
     """
     text = Text(chunks, skip_text)
-    allowed, is_empty, skipped = TOP, True, False
+    where, is_empty, skipped = TOP, True, False
     while char := text.next():
-        if skip_text and text.starts_line and allowed is TOP and not text.begins_record():
+        if skip_text and text.starts_line and where == TOP and not text.begins_record():
             line, skipped = text.rest_of_line(), True
             if echo:
                 echo(line)
             continue
-        if char not in allowed:
+        if char not in MAY_COME[where]:
             raise text.unexpected(char)
         if char == "{":
             yield text.record()
-            allowed = TOP if allowed is TOP else NEXT
+            where = TOP if where == TOP else NEXT
         else:
             text.position += 1
-            allowed = {"[": FIRST, ",": ELEMENT, "]": TOP}[char]
+            where = {"[": FIRST, ",": ELEMENT, "]": TOP}[char]
         is_empty = text.starts_line = False
     if text.broken:
         raise text.malformed(text.broken)
     if is_empty:
-        raise Failure("no JSON object on standard input, only text" if skipped else
-                      "no JSON on standard input: did the program before the pipe fail?")
-    if allowed is not TOP:
+        raise NoRecord("no JSON object on standard input, only text" if skipped else
+                       "no JSON on standard input: did the program before the pipe fail?")
+    if where != TOP:
         raise text.malformed("not valid JSON: the array does not end; was the program before the pipe cut off?")
-
-
-def what_is_wrong(error: Any, text: str, position: int) -> tuple[str, int]:
-    """Return why the JSON in *text* at *position* does not parse, and where."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply", position
-    if isinstance(error, StopIteration):
-        why, at = "expecting value", error.value
-    elif hasattr(error, "pos"):  # a JSONDecodeError
-        why, at = error.msg.lower(), error.pos
-    else:  # of this program, or Python's own limit on the digits of an integer
-        said = str(error)
-        return said if said.startswith("the ") else "an integer of thousands of digits", position
-    return f"{why} near {shown(text[at:at + 20])}", at
 
 
 # -------------------------------------------------------------------------------------------- database
 
+DATABASE_ERRORS = (sqlite3.Error, sqlite3.Warning, UnicodeError)  # the last where a name in the file is not UTF-8
 # What SQLite says, the exit status, and what to tell the user.
 MEANINGS: dict[str, tuple[int, str]] = {
-    "database or disk is full": (TRY_AGAIN, "the disk is full; mend that and try again"),
-    "disk I/O error": (TRY_AGAIN, "disk I/O error; mend that and try again"),
+    "database or disk is full": (TRY_AGAIN, "the disk is full; fix that and try again"),
+    "disk I/O error": (TRY_AGAIN, "disk I/O error; fix that and try again"),
     "attempt to write a readonly database": (
-        REFUSED, "may not be written, not even to roll back what a writer left unfinished; mend its permissions or"
+        REFUSED, "may not be written, not even to roll back what a writer left unfinished; fix its permissions or"
                  " its folder's; if they are right, the next insert rolls that back"),
     "file is not a database": (REFUSED, "is not an SQLite database; name another file"),
     "database disk image is malformed": (REFUSED, "is damaged; save what it holds with: sqlite3 FILE .recover"),
@@ -647,16 +742,16 @@ def as_failure(error: Exception, path: str) -> Failure:
     if isinstance(error, Failure):
         return error
     if isinstance(error, OSError):
-        import errno
-
         status = TRY_AGAIN if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else REFUSED
         return Failure(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), status)
     if isinstance(error, MemoryError):
         return Failure("there is not enough memory for that", TRY_AGAIN)
-    said = str(error)
+    if isinstance(error, UnicodeError):
+        return Failure("holds a name or an SQL text that is not UTF-8; only sqlite3 can change that")
     if is_busy(error):
-        return Failure("locked by another process; try again, or wait longer with --timeout", TRY_AGAIN)
-    if "unable to open" in said or "Could not open" in said:  # the latter is PyPy's
+        return Failure("locked by another process", TRY_AGAIN, "; try again, or wait longer with --timeout")
+    said = str(error)
+    if "unable to open" in said:
         return why_not_opened(path)
     for words, (status, meaning) in MEANINGS.items():
         if said.startswith(words):
@@ -669,12 +764,10 @@ def why_not_opened(path: str) -> Failure:
         return Failure("is a folder; name a file in it")
     if not isdir(dirname(path)):
         return Failure(f"there is no folder {dirname(path)}; make it first")
-    import errno
-
     try:
-        part, file = new_part(path)
+        temporary, file = new_temporary(path)
         file.close()
-        os.unlink(part)
+        os.unlink(temporary)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             return Failure(f"cannot be opened: {error.strerror}", as_failure(error, path).status)
@@ -698,11 +791,6 @@ def patiently(action: Callable[..., Result], deadline: float, *arguments: Any) -
         with SIGNALS:
             time.sleep(min(nap, left))
         nap = min(2 * nap, LOCK_NAP_S)
-
-
-def scalar(db: Connection, sql: str, parameters: Sequence[Any] = ()) -> Any:
-    """Return the first value of the first row."""
-    return db.execute(sql, parameters).fetchall()[0][0]  # all of them: PyPy would leave the statement open
 
 
 # Where several hosts may see one file. WAL needs memory that all its users share, which hosts don't:
@@ -742,23 +830,63 @@ def wanted_journal(path: str) -> tuple[str, str]:
     return ("delete", kind) if kind in NETWORK else ("wal", "")
 
 
-def begin_to_write(db: Connection, path: str, schema: Schema | None, deadline: float) -> None:
-    """Begin a transaction that holds the write lock on the results file at *path*, made if it is empty.
+def file_uri(path: str) -> str:
+    """Return the URI of a file; a byte of its name that is not UTF-8 is half a surrogate pair in *path* (PEP 383)."""
+    return "file://" + "".join(f"%{ord(char) & 255:02x}" if char in "%?#" or "\udc80" <= char <= "\udcff" else char
+                               for char in path)
 
-    Without a *schema*, the file is taken as it is.
+
+def lenient_text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
+
+
+def connect(uri: str) -> Connection:
+    """Open a database; a signal stops what SQLite does there."""
+    db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    db.text_factory = lenient_text  # a schema that is not UTF-8 should not matter where its names don't
+    db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
+    return db
+
+
+@contextlib.contextmanager
+def writing(path: str, schema: Schema | None, timeout: float) -> Iterator[Connection]:
+    """Give a connection to the file at *path*, in a transaction that holds the write lock; commit it in the end.
+
+    A missing or empty file is made from *schema*; without one, the file is taken as it is. *timeout* is
+    in seconds. Raises Failure, with nothing changed, or CommitFailed.
     """
+    deadline = time.monotonic() + timeout
+    try:
+        with contextlib.closing(connect(file_uri(path) + "?mode=rwc")) as db:  # closing rolls back, without COMMIT
+            begin_to_write(db, path, schema, deadline)
+            yield db
+            SIGNALS.check()
+            db.set_progress_handler(None, 0)  # from here on, a signal comes too late
+            try:
+                patiently(db.execute, deadline, "COMMIT")
+            except sqlite3.Error as error:
+                failure = as_failure(error, path)
+                raise failure if is_busy(error) else CommitFailed(failure.why, failure.status, failure.hint) from None
+    except DATABASE_ERRORS as error:
+        SIGNALS.check()
+        raise as_failure(error, path) from None
+    finally:
+        PROGRESS.clear()
+
+
+def begin_to_write(db: Connection, path: str, schema: Schema | None, deadline: float) -> None:
     network = switch_journal(db, path, schema, deadline) if schema else ""
     patiently(db.execute, deadline, "PRAGMA synchronous = FULL")
     patiently(db.execute, deadline, "BEGIN IMMEDIATE")
     if schema and is_empty(db, schema):
-        make(db, schema.made)
+        create_objects(db, schema.objects)
     if network:
         report(f"{path}: is on {network}, a network file system, so it has a DELETE journal instead of WAL;"
                " let only one host write to it at a time (DBTOOL_JOURNAL=wal|delete overrides)")
 
 
-def make(db: Connection, wanted: Iterable[Made]) -> None:
-    for kind, name, sql in wanted:
+def create_objects(db: Connection, objects: Iterable[SchemaObject]) -> None:
+    for kind, name, sql in objects:
         if not scalar(db, "SELECT count(*) FROM sqlite_master WHERE type = ? AND name = ?", (kind, name)):
             db.execute(sql)  # else it came with a virtual table
 
@@ -770,8 +898,8 @@ def switch_journal(db: Connection, path: str, schema: Schema, deadline: float) -
     if before == journal and not network:
         return ""
     is_new = patiently(is_empty, deadline, db, schema)  # another program's file is left as it is
+    is_wal = journal == "wal"
     try:
-        is_wal = journal == "wal"
         patiently(scalar, deadline if is_wal else 0.0, db, f"PRAGMA journal_mode = {journal}")
     except sqlite3.OperationalError as error:
         if is_wal or not is_busy(error):
@@ -793,36 +921,23 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
     if not found:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
     check_case(found, schema.by_name, schema)
-    mend = f"python3 dbtool.py migrate DATABASE --schema {for_shell(schema.path)}"
+    migrate = f"{script('dbadmin')} migrate DATABASE"
+    fix = f"{migrate} --schema {for_shell(schema.path)}"
     lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
-        raise Failure(f"has no column {lacking}; add it with: {mend}")
-    check_types(found, schema, f"change the file with: {mend}")
+        raise Failure(f"has no column {lacking}; add it with: {fix}")
     for name, column in found.items():
-        if name not in schema.by_name and column.needed and not column.nullable:
-            raise Failure(f"needs column {name}, which {schema.path} lacks;"
-                          " add it there, or drop it with:"
-                          f" python3 dbtool.py migrate DATABASE --drop {for_shell(name)}")
+        wanted = schema.by_name.get(name)
+        if not wanted and column.needed and not column.nullable:
+            raise Failure(f"needs column {name}, which {schema.path} lacks; add it there, or drop it with:"
+                          f" {migrate} --drop {for_shell(name)}")
+        if wanted and wanted.affinity not in RULES[column.affinity].keeps:
+            raise other_type(column, wanted, schema, f"change the file with: {fix}")
 
 
-# By a column's affinity: those whose values it stores as they are, or as an equal number.
-NUMBERS = ("INTEGER", "REAL", "NUMERIC")
-KEEPS: dict[str, Collection[str]] = {"INTEGER": NUMBERS, "NUMERIC": NUMBERS, "REAL": ["REAL"], "TEXT": ["TEXT"],
-                                     "BLOB": FITS}
-
-
-def check_types(found: Mapping[str, Column], schema: Schema, mend: str, is_source: bool = False) -> None:
-    """Raise Failure if a column *found* would change the values that the schema's takes.
-
-    Of a source to merge, it is the other way round, and its numbers are as the schema there let them be.
-    """
-    for name, column in found.items():
-        wanted = schema.by_name.get(name, column)
-        into, taken = (wanted, column) if is_source else (column, wanted)
-        keeps = [into.affinity] if is_source and into.affinity == "INTEGER" else KEEPS[into.affinity]
-        if taken.affinity not in keeps:
-            raise Failure(f"column {name} is {column.type or 'of no type'}, but {wanted.type or 'of no type'} in"
-                          f" {schema.path}; write there what it is, or {mend}")
+def other_type(column: Column, wanted: Column, schema: Schema, fix: str) -> Failure:
+    return Failure(f"column {column.name} is {column.type or 'of no type'}, but {wanted.type or 'of no type'} in"
+                   f" {schema.path}; write there what it is, or {fix}")
 
 
 def check_case(names: Iterable[str], wanted: Iterable[str], schema: Schema) -> None:
@@ -834,31 +949,208 @@ def check_case(names: Iterable[str], wanted: Iterable[str], schema: Schema) -> N
             raise Failure(f"{name} is {meant} in {schema.path}; for SQLite these are the same, so write {name} there")
 
 
-def writing(path: str, schema: Schema | None, action: Callable[[Connection], Result], timeout: float) -> Result:
-    """Return action(db), with a connection to the file at *path* in one transaction, which is then committed.
+# ------------------------------------------------------------------------------------------- inserting
 
-    Raises Failure; if COMMIT failed, its `claim` is what *action* returned: it may come to light all the same.
-    """
-    deadline = time.monotonic() + timeout
-    claim: Any = None
-    try:
-        db = sqlite3.connect(file_uri(path) + "?mode=rwc", uri=True, timeout=0, isolation_level=None)
+
+class Record:
+    """One record as a row: `given` is what came, `names` the columns and `row` their values."""
+
+    __slots__ = ("given", "names", "number", "row")
+
+    def __init__(self, number: int, given: Mapping[str, Any], names: tuple[str, ...], row: list[Any]) -> None:
+        self.number, self.given, self.names, self.row = number, given, names, row
+
+
+def fitted(schema: Schema, incoming: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """Yield *incoming* records as rows; raise RecordRefused for one that does not fit the table."""
+    plans: dict[tuple[Any, ...], tuple[tuple[str, ...], list[tuple[int, Any]]]] = {}
+    for number, given in enumerate(incoming, 1):
+        shape = (*given, *map(type, given.values()))
         try:
-            db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
-            begin_to_write(db, path, schema, deadline)
-            result = claim = action(db)
-            db.set_progress_handler(None, 0)  # from here on, a signal comes too late
-            patiently(db.execute, deadline, "COMMIT")
-            return result
+            plan = plans.get(shape)
+            if plan is None:
+                plan = plans[shape] = tuple(given), conversions(schema, given)
+            row = list(given.values())
+            for index, convert in plan[1]:
+                row[index] = convert(row[index])
+        except RecordRefused as refusal:
+            refusal.number = number
+            raise
+        except CONVERSION_ERRORS as error:
+            raise refused(schema, Record(number, given, (), []), error) from None
+        yield Record(number, given, plan[0], row)
+
+
+def conversions(schema: Schema, record: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    """Return which values of records of this shape are converted, by their places, and how."""
+    check_names(schema, record)
+    found = []
+    for index, (name, value) in enumerate(record.items()):
+        fit(schema.by_name[name], value)
+        convert = converter(schema.by_name[name], type(value))
+        if convert:
+            found.append((index, convert))
+    return found
+
+
+def refused(schema: Schema, record: Record, error: Exception) -> RecordRefused:
+    """Return what is wrong with a record, by what SQLite or a conversion said of it."""
+    refusal = RecordRefused(str(error))
+    if isinstance(error, sqlite3.IntegrityError) and "UNIQUE" in str(error):
+        refusal = RecordRefused(f"{error}: such a row is there already",
+                                hint=" (--on-conflict skip or replace says what to do with it)")
+    else:
+        try:
+            for name, value in record.given.items():
+                fit(schema.by_name[name], value)
+        except RecordRefused as misfit:
+            refusal = misfit
+    refusal.number = record.number
+    return refusal
+
+
+def check_names(schema: Schema, names: Collection[str]) -> None:
+    """Raise RecordRefused unless *names* are columns that may be given and all that must be."""
+    for name in names:
+        if name not in schema.by_name:
+            raise RecordRefused(no_column(schema, name))
+        if schema.by_name[name].generated:
+            raise RecordRefused(f"column {name} is generated by SQLite; leave it out")
+    missing = ", ".join(column.name for column in schema.columns if column.needed and column.name not in names)
+    if missing:
+        raise RecordRefused(f"column {missing} missing, and {basename(schema.path)} gives no default")
+
+
+def no_column(schema: Schema, name: str) -> str:
+    return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}"
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return which of the *names* is like *name*, or nothing."""
+    import difflib
+
+    folded = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), folded, 1)
+    return folded[close[0]] if close else ""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    meant = closest(name, names)
+    return f"; did you mean {shown(meant)}?" if meant else ""
+
+
+# How SQLite says that a value does not fit.
+STORE_ERRORS = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError,
+                sqlite3.ProgrammingError)
+CONFLICT_RULES = ("fail", "skip", "replace")
+
+
+class Insertion:
+    """Inserts records into the table of a file, in the transaction that is open."""
+
+    def __init__(self, db: Connection, schema: Schema, on_conflict: str) -> None:
+        if on_conflict not in CONFLICT_RULES:
+            raise ValueError(f"on_conflict is {on_conflict!r}; it takes fail, skip or replace")
+        self.db, self.schema, self.on_conflict = db, schema, on_conflict
+        self.verb = f"INSERT{conflict_clause(db, schema.table, on_conflict)} INTO {quote(schema.table)}"
+        kinds = [kind for kind, in db.execute("SELECT type FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE",
+                                              [schema.table])]
+        self.has_triggers, self.is_view = "trigger" in kinds, "view" in kinds
+        self.has_rowid = not self.is_view and has_rowid(db, schema.table)
+
+    def insert(self, records: Iterable[Record]) -> Receipt | None:
+        """Insert all; return the receipt, None if all rows were there before.
+
+        One by one until a row can be the receipt; and to the end if there are triggers, since one may drop a row.
+        """
+        receipt = None
+        for _, group in itertools.groupby(records, lambda record: record.names):
+            if self.has_triggers or not receipt or receipt["told_by"] != "key":
+                for record in group:
+                    row_receipt = self.insert_checked(record)
+                    receipt = max(filter(None, (receipt, row_receipt)), key=how_sure, default=None)
+                    if row_receipt and not self.has_triggers:
+                        break
+            self.insert_many(group)  # noqa: B031  the rest of it
+        return receipt
+
+    def insert_many(self, records: Iterable[Record]) -> None:
+        """Insert records that name the same columns."""
+        current: Record
+
+        def rows() -> Iterator[list[Any]]:
+            nonlocal current
+            for current in itertools.chain([first], records):
+                yield current.row
+
+        for first in records:
+            try:
+                self.db.executemany(self.statement(first.names), rows())
+            except STORE_ERRORS as error:
+                raise refused(self.schema, current, error) from None
+
+    def insert_checked(self, record: Record) -> Receipt | None:
+        try:
+            return self.insert_one(record)
+        except RecordRefused as refusal:
+            refusal.number = record.number
+            raise
+        except STORE_ERRORS as error:
+            raise refused(self.schema, record, error) from None
+
+    def insert_one(self, record: Record) -> Receipt | None:
+        """Insert one row, and see that it is there; return its receipt, None if it was there before."""
+        db, values, is_unique = self.db, dict(zip(record.names, record.row)), False
+        for column in self.schema.key:
+            if column.default is not None and column.name not in values:
+                values[column.name], another = two_defaults(db, column.default)
+                is_unique = is_unique or values[column.name] != another
+        key = {column.name: values.get(column.name) for column in self.schema.key}
+        if None in key.values():
+            key = {}
+        was_there = bool(key) and self.on_conflict != "fail" and holds(db, self.schema.table, key)
+        sql, before = self.statement(values), db.total_changes
+        cursor = db.execute(sql, list(values.values()))
+        if was_there or (not cursor.rowcount and self.conflicts(sql, list(values.values()))):
+            return None
+        if self.has_triggers and not self.came(cursor, key, before):
+            raise RecordRefused("no row came of it, since a trigger of the file drops it; look at its triggers with:"
+                                f""" {script()} query DATABASE "SELECT sql FROM sqlite_master\"""")
+        told_by = "nothing" if not key else "key" if is_unique else "values"
+        return {"table": self.schema.table, "told_by": told_by, "key": key if is_unique else {}}
+
+    def came(self, cursor: Cursor, key: Mapping[str, Any], before: int) -> bool:
+        """Tell whether a row came of what *cursor* inserted, where *before* were the changes until then."""
+        table = self.schema.table
+        if self.is_view:
+            return self.db.total_changes > before
+        if cursor.rowcount and self.has_rowid:  # a trigger may have changed the key
+            return holds(self.db, table, {"_rowid_": cursor.lastrowid})
+        return bool(key) and holds(self.db, table, key)
+
+    def conflicts(self, sql: str, row: list[Any]) -> bool:
+        """Tell whether a row was passed over because it conflicts with one that is there, and not by a trigger."""
+        if self.on_conflict != "skip" or not self.has_triggers:
+            return self.on_conflict == "skip"
+        self.db.execute("SAVEPOINT attempt")
+        try:
+            self.db.execute(sql.removesuffix(SKIP).replace("INSERT INTO", "INSERT OR ABORT INTO", 1), row)
+        except sqlite3.IntegrityError:
+            return True
         finally:
-            PROGRESS.clear()
-            db.close()  # without COMMIT, this rolls back
-    except sqlite3.Error as error:
-        if claim is None:  # it was not COMMIT that failed
-            SIGNALS.check()
-        failure = as_failure(error, path)
-        failure.claim = claim
-        raise failure from None
+            self.db.execute("ROLLBACK TO attempt")
+        return False
+
+    def statement(self, names: Collection[str]) -> str:
+        """Return the SQL that inserts a row with these columns."""
+        if not names:
+            return f"{self.verb} DEFAULT VALUES"
+        places = ", ".join("?" * len(names))
+        sql = f"{self.verb} ({', '.join(map(quote, names))}) VALUES ({places})"
+        return sql + SKIP if self.on_conflict == "skip" else sql
+
+
+SKIP = " ON CONFLICT DO NOTHING"  # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint
 
 
 def conflict_clause(db: Connection, table: str, on_conflict: str) -> str:
@@ -867,196 +1159,83 @@ def conflict_clause(db: Connection, table: str, on_conflict: str) -> str:
         return " OR REPLACE"
     sql = scalar(db, "SELECT coalesce(max(sql), '') FROM sqlite_master WHERE type = 'table'"
                  " AND name = ? COLLATE NOCASE", [table])
-    # Only where it is needed, as OR ABORT overrules also what triggers say.
-    words = " ".join(essence(sql)).upper() if "CONFLICT" in sql.upper() else ""
-    return " OR ABORT" * ("ON CONFLICT IGNORE" in words or "ON CONFLICT REPLACE" in words)
+    words = " ".join(normalized_tokens(sql)).upper() if "CONFLICT" in sql.upper() else ""
+    has_rule = "ON CONFLICT IGNORE" in words or "ON CONFLICT REPLACE" in words
+    return " OR ABORT" if has_rule else ""  # only where it is needed, as it overrules also what triggers say
 
 
-def check_names(schema: Schema, names: Collection[str]) -> None:
-    """Raise Misfit unless *names* are columns that may be given and all that must be."""
-    for name in names:
-        if name not in schema.by_name:
-            raise Misfit(no_column(schema, name))
-        if schema.by_name[name].generated:
-            raise Misfit(f"column {name} is generated by SQLite; leave it out")
-    missing = ", ".join(column.name for column in schema.columns if column.needed and column.name not in names)
-    if missing:
-        raise Misfit(f"column {missing} missing, and {basename(schema.path)} gives no default")
-
-
-def no_column(schema: Schema, name: str) -> str:
-    return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    import difflib
-
-    folded = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), folded, 1)
-    return f"; did you mean {shown(folded[close[0]])}?" if close else ""
-
-
-# How SQLite says that a value does not fit.
-UNSTORED = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-
-
-class Rows:
-    """Records made ready for the table: `pairs` yields (names, row), and `number` says which record that is."""
-
-    def __init__(self, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str) -> None:
-        if on_conflict not in ("fail", "skip", "replace"):
-            raise ValueError(f"on_conflict is {on_conflict!r}; it takes fail, skip or replace")
-        self.schema, self.incoming, self.on_conflict = schema, incoming, on_conflict
-        self.number = 0
-        self.record: Mapping[str, Any] = {}
-        self.row: list[Any] = []
-        self.clause = ""  # of INSERT, as the table needs it
-        self.pairs = self.ready()
-
-    def ready(self) -> Iterator[tuple[tuple[str, ...], Sequence[Any]]]:
-        plans: dict[tuple[Any, ...], Plan] = {}
-        for record in self.incoming:
-            self.number += 1
-            self.record = record
-            shape = (*record, *map(type, record.values()))
-            try:
-                plan = plans.get(shape)
-                if plan is None:
-                    plan = plans[shape] = self.plan(record)
-                self.row = row = list(record.values())
-                for index, convert in plan[1]:
-                    row[index] = convert(row[index])
-                yield plan[0], row
-            except (Misfit, *UNFIT) as error:
-                raise self.refusal(error) from None
-
-    def plan(self, record: Mapping[str, Any]) -> Plan:
-        """Return how records of this shape become rows: their keys, and the values to convert, and how."""
-        check_names(self.schema, record)
-        conversions = []
-        for index, (name, value) in enumerate(record.items()):
-            fit(self.schema.by_name[name], value)
-            convert = converter(self.schema.by_name[name], type(value))
-            if convert:
-                conversions.append((index, convert))
-        return tuple(record), conversions
-
-    def refusal(self, error: Exception) -> Misfit:
-        """Return what is wrong with the record, by what SQLite or a conversion said of it."""
-        why = str(error)
-        if "UNIQUE" in why and isinstance(error, sqlite3.IntegrityError):
-            why += ": such a row is there already (--on-conflict skip or replace says what to do with it)"
-        elif not isinstance(error, Misfit):
-            try:
-                for name, value in self.record.items():
-                    fit(self.schema.by_name[name], value)
-            except Misfit as misfit:
-                why = str(misfit)
-        return Misfit(f"record {self.number}: {why}")
-
-    def insert(self, db: Connection, first: Any) -> Claim:
-        """Insert *first* and all pairs that follow; return the claim, empty if all rows were there before."""
-        self.clause = conflict_clause(db, self.schema.table, self.on_conflict)
-        claim: dict[str, Any] = {}
-        try:
-            for _, row in itertools.chain([first], self.pairs):
-                claim = self.insert_claimed(db, dict(zip(self.record, row)))
-                if claim:
-                    break
-            for names, group in itertools.groupby(self.pairs, itemgetter(0)):
-                db.executemany(self.statement(names), map(itemgetter(1), group))
-        except UNSTORED as error:
-            raise self.refusal(error) from None
-        return self.completed(db, claim) if claim else []
-
-    def statement(self, names: Iterable[str]) -> str:
-        """Return the SQL that inserts a row with these columns."""
-        columns = list(map(quote, names))
-        into = f"INSERT{self.clause} INTO {quote(self.schema.table)}"
-        if not columns:
-            return f"{into} DEFAULT VALUES"
-        # OR IGNORE would also drop rows that break a NOT NULL or CHECK constraint: DO NOTHING does not.
-        return (f"{into} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-                f"{' ON CONFLICT DO NOTHING' * (self.on_conflict == 'skip')}")
-
-    def completed(self, db: Connection, claim: dict[str, Any]) -> Claim:
-        """Return the whole claim, given the part of it that the first new row is.
-
-        As a transaction happens whole or not at all, the claim tells later whether it happened. A key
-        that was made here does so by itself; otherwise the values of the last row belong to it too,
-        as others may bring one such row, but hardly both.
-        """
-        key = {column.name for column in self.schema.key}
-        if "_rowid_" in claim:
-            last = self.as_stored(db, scalar(db, "SELECT last_insert_rowid()"))
-        elif claim.keys() > key <= self.record.keys():
-            last = dict(zip(self.record, self.row))
-        else:
-            return [claim]
-        return [claim, last] if last != claim and holds(db, self.schema, [last]) else [claim]
-
-    def insert_claimed(self, db: Connection, row: dict[str, Any]) -> dict[str, Any]:
-        """Insert one row; return by what it is known again, or nothing if a row with its key was there before."""
-        schema, is_made = self.schema, False
-        for column in schema.key:
-            if column.default is not None and column.name not in row:
-                row[column.name], another = two_defaults(db, column.default)
-                is_made = is_made or row[column.name] != another
-        key = {column.name: row[column.name] for column in schema.key if row.get(column.name) is not None}
-        known = key and self.on_conflict == "replace" and holds(db, schema, [key])
-        cursor = db.execute(self.statement(row), list(row.values()))
-        if known or not cursor.rowcount:
-            return {}
-        if not key or len(key) < len(schema.key):
-            return self.as_stored(db, cursor.lastrowid)
-        return key if is_made else row
-
-    def as_stored(self, db: Connection, rowid: int | None) -> dict[str, Any]:
-        """Return the row with that rowid, as defaults and triggers have made it, and the rowid."""
-        names = list(self.schema.by_name)
-        sql = f"SELECT {', '.join(map(quote, names))} FROM {quote(self.schema.table)} WHERE _rowid_ = ?"
-        (row,) = db.execute(sql, (rowid,)).fetchall() or [()]  # none if a trigger has removed it
-        return {**dict(zip(names, row)), "_rowid_": rowid}
+def has_rowid(db: Connection, table: str) -> bool:
+    try:
+        db.execute(f"SELECT _rowid_ FROM {quote(table)} LIMIT 0")
+    except sqlite3.OperationalError:  # WITHOUT ROWID
+        return False
+    return True
 
 
 def two_defaults(db: Connection, default: str) -> Sequence[Any]:
     """Return two values of a column's default: they differ if it makes unique ones."""
     try:
-        values: Sequence[Any] = db.execute(f"SELECT {default}, {default}").fetchall()[0]
+        values: Sequence[Any] = db.execute(f"SELECT {default}, {default}").fetchone()
         return values
     except sqlite3.OperationalError:  # a bare word is text
         return default, default
 
 
-def holds(db: Connection, schema: Schema, claim: Claim) -> bool:
-    """Tell whether all rows of the *claim* are there."""
-    for row in claim:
-        known = {quote(name): row[name] for name in row if name in schema.by_name or name == "_rowid_"}
-        where = " IS ? AND ".join(known)
-        if not scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {where} IS ?", list(known.values())):
-            return False
-    return True
+def holds(db: Connection, table: str, values: Mapping[str, Any]) -> bool:
+    """Tell whether a row with these *values* is there."""
+    where = " AND ".join(f"{quote(name)} IS ?" for name in values)
+    return bool(scalar(db, f"SELECT EXISTS (SELECT 1 FROM {quote(table)} WHERE {where})", list(values.values())))
 
 
-def store(path: str, rows: Rows, timeout: float, is_stored: Callable[[Connection], bool] | None = None,
-          before_commit: Callable[[Claim], object] | None = None) -> int:
-    """Insert *rows* into the file at *path*, all or none; return how many came.
+def how_sure(receipt: Receipt) -> int:
+    """Rank the receipts of rows: one for all, one in doubt, one for each."""
+    return ("values", "nothing", "key").index(receipt["told_by"])
 
-    Within the transaction, *is_stored* may tell that nothing is left to do, and *before_commit*
-    learns the claim. Raises Failure, which carries the claim if COMMIT failed: what was written
-    may come to light all the same.
+
+def insert_records(db: Connection, schema: Schema, records: Iterable[Record], on_conflict: str,
+                   receipts: Collection[Receipt] = ()) -> Receipt | None:
+    """Insert *records*, in the transaction that is open; return the receipt, None if all rows were there before.
+
+    The receipt says what tells later whether the transaction happened, which is whole or not at all: a `key`
+    that was made here at random, and so is nobody else's; the values of each row, where their keys came with
+    them; or nothing, in a table without a key. *receipts* are those of earlier attempts: what they tell to be
+    stored is not stored again. Raises RecordRefused; and CannotTell, before anything is inserted.
     """
-    first = next(rows.pairs, None)  # before the file is touched: the producer may be slow, or the record bad
+    ways = [receipt["told_by"] for receipt in receipts]
+    if any(holds(db, schema.table, receipt["key"]) for receipt in receipts if receipt["key"]):
+        return None
+    if "nothing" in ways:
+        raise CannotTell("may be stored already, but its rows have no key that would tell")
+    if "values" in ways:
+        records = (record for record in records if not holds(db, schema.table, dict(zip(record.names, record.row))))
+    return Insertion(db, schema, on_conflict).insert(records)
 
-    def insert_once(db: Connection) -> Claim:
-        claim = [] if is_stored and is_stored(db) else rows.insert(db, first)
-        if claim and before_commit:
-            before_commit(claim)
-        return claim
 
-    if first:
-        writing(path, rows.schema, insert_once, timeout)
-    return rows.number
+class Counted:
+    """Items to go through once, and the `count` of those that have come so far."""
+
+    count = 0
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+
+def store(path: str, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str, timeout: float) -> None:
+    """Insert records into the file at *path*, all or none. Raises Failure, or CommitFailed."""
+    rows = fitted(schema, incoming)
+    receipt = None
+    for first in rows:  # before the file is touched: the producer may be slow, or the record bad
+        try:
+            with writing(path, schema, timeout) as db:
+                receipt = insert_records(db, schema, itertools.chain([first], rows), on_conflict)
+        except CommitFailed as failure:
+            failure.receipts = [receipt] if receipt else []
+            raise
 
 
 def insert(database: str, incoming: Iterable[Mapping[str, Any]], schema: Schema | None = None,
@@ -1066,25 +1245,111 @@ def insert(database: str, incoming: Iterable[Mapping[str, Any]], schema: Schema 
     *on_conflict* says what to do with a key that is there: fail, skip or replace; *timeout* is in
     seconds. Raises Failure. Unlike the command, it keeps nothing aside: the caller has the records.
     """
-    return store(realpath(database), Rows(schema or read_schema(), incoming, on_conflict), timeout)
+    rows = Counted(incoming)
+    store(realpath(database), schema or read_schema(), rows, on_conflict, timeout)
+    return rows.count
 
 
 # --------------------------------------------------------------------------------------- nothing lost
 
 
-class Input:
-    """Standard input, held until its records are rows: a little in memory, more of it in a file.
+class Kept:
+    """What became of input that could not be stored: the *path* of the file that holds it, or why there is none."""
 
-    A regular file needs no copy, and is read where it is. `places` are paths at which the input can
-    be kept, best first. Without a *stream*, it holds what add() is given.
+    def __init__(self, path: str = "", note: str = "") -> None:
+        self.path, self.note = path, note or f"the input is kept in {path}"
+
+
+class Spool:
+    """Bytes that are held until their records are rows: a little in memory, more of it in a file.
+
+    `places` are paths at which it can be kept, best first; the file has the rights *mode*.
     """
 
-    def __init__(self, stream: TextIO | None, places: Iterator[str]) -> None:
-        self.places = places
+    def __init__(self, places: Iterable[str], mode: int) -> None:
+        self.places, self.mode = iter(places), mode
         self.copy: Any = io.BytesIO()
-        self.part = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
+        self.is_everywhere_full = False  # what follows stays in memory
+        self.temporary = self.final = ""  # the path of the copy, when it is a file, and what it becomes when it is kept
         self.start = self.size = self.done = 0
-        self.ended, self.is_file = True, False
+
+    def add(self, data: bytes) -> None:
+        try:
+            write_all(self.copy, data)
+        except OSError:
+            self.move()
+            self.add(data)
+            return
+        self.size += len(data)
+        if self.size > SPOOL_BYTES and not self.temporary and not self.is_everywhere_full:
+            self.move()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what is held, from the start."""
+        self.copy.seek(self.start)
+        self.done = 0
+        for data in pieces(self.copy):
+            SIGNALS.check()
+            yield data
+            self.done += len(data)
+
+    def move(self) -> None:
+        """Copy what is held to a file at the next place, or back into memory when none is left."""
+        old, old_temporary = self.copy, self.temporary
+        while True:
+            self.final = next(self.places, "")
+            self.temporary, self.copy = "", io.BytesIO()
+            self.is_everywhere_full = not self.final
+            try:
+                if self.final:
+                    self.temporary, self.copy = new_temporary(self.final, self.mode)
+                copy_bytes(old, self.start, self.copy, self.size)
+                break
+            except OSError:
+                self.discard()
+        self.start = 0
+        old.close()
+        if old_temporary:
+            remove(old_temporary)
+
+    def discard(self) -> None:
+        """Forget the copy: it is stored, or is elsewhere. That it can't be removed is no reason to fail now."""
+        with contextlib.suppress(OSError):
+            if self.temporary:
+                with self.copy:
+                    remove(self.temporary)
+
+    def keep(self, receipts: Collection[Receipt] = ()) -> Kept:
+        """Bring what is held to a safe place, with the *receipts* of COMMITs that failed beside it."""
+        while True:
+            if not self.temporary:
+                self.move()
+            if not self.temporary:
+                sys.stderr.flush()
+                write_all(sys.stderr.buffer, self.copy.getvalue().rstrip(b"\n") + b"\n")
+                sys.stderr.buffer.flush()
+                return Kept(note="the input could not be kept in any file and stands above")
+            try:
+                os.fsync(self.copy.fileno())
+                if receipts:
+                    write_receipts(self.final, receipts, self.mode)
+                publish(self.temporary, self.final)
+                break
+            except OSError:
+                self.move()
+        self.temporary = ""
+        with contextlib.suppress(OSError):  # it is there; a second copy of it would be stored twice
+            sync_folder(self.final)
+        return Kept(self.final)
+
+
+class StandardInput(Spool):
+    """What comes on standard input. A regular file needs no copy, and is read where it is."""
+
+    def __init__(self, stream: TextIO | None, places: Iterable[str], mode: int = 0o666) -> None:
+        super().__init__(places, mode)
+        self.ended = True
+        self.is_file = False
         if not stream:
             return
         try:
@@ -1104,20 +1369,9 @@ class Input:
         """Yield what comes in, each piece once it is held; a signal ends the wait but loses nothing."""
         while not self.ended:
             with SIGNALS:
-                self.is_readable(None)
-            try:
-                data = self.take()
-            except BlockingIOError:  # somebody else was faster
-                continue
-            yield data
-
-    def is_readable(self, seconds: float | None) -> bool:
-        """Wait until something can be read, or the *seconds* are over."""
-        try:
-            import select
-        except ImportError:  # no more files can be opened: reading itself waits, and keeps signals waiting
-            return seconds is None
-        return bool(select.select([self.descriptor], [], [], seconds)[0])
+                select.select([self.descriptor], [], [])
+            with contextlib.suppress(BlockingIOError):  # somebody else was faster
+                yield self.take()
 
     def take(self) -> bytes:
         """Read once from the pipe, and hold what came."""
@@ -1139,94 +1393,25 @@ class Input:
         for _ in arriving:
             pass
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield what is held, from the start."""
-        self.copy.seek(self.start)
-        self.done = 0
-        for data in pieces(self.copy):
-            SIGNALS.check()
-            yield data
-            self.done += len(data)
-
-    def drain(self) -> None:
-        """Take what waits in the pipe, without waiting for more: a few times what a pipe holds."""
-        try:
-            for _ in range(16):
-                if self.ended or not self.is_readable(0):
-                    break
-                self.take()
-        except OSError:
-            pass
-
-    def add(self, data: bytes) -> None:
-        try:
-            write_all(self.copy, data)
-        except OSError:
-            self.move()
-            self.add(data)
-            return
-        self.size += len(data)
-        if self.size > SPOOL_BYTES and not self.part:
-            self.move()
-
-    def move(self) -> None:
-        """Copy what is held to a file at the next place, or back into memory when none is left."""
-        old, old_part = self.copy, self.part
-        for path in itertools.chain(self.places, [""]):
-            self.final, self.part, self.copy = path, "", io.BytesIO()
-            try:
-                if path:
-                    self.part, self.copy = new_part(path)
-                copy_bytes(old, self.start, self.copy, self.size)
-                break
-            except OSError:
-                self.discard()
-        self.start = 0
-        old.close()
-        if old_part:
-            remove(old_part)
-
-    def discard(self) -> None:
-        """Forget the copy: it is stored, or is elsewhere. That it can't be removed is no reason to fail now."""
-        if self.part:
-            try:
-                with self.copy:
-                    remove(self.part)
-            except OSError:
-                pass
-
-    def keep(self, claim: Claim | None = None) -> str:
-        """Bring what is held, and what still comes, to a safe place; return where that is, as a message says it."""
+    def keep(self, receipts: Collection[Receipt] = ()) -> Kept:
+        """Bring what is held, and what still comes, to a safe place."""
         try:
             self.read()
         except (Failure, OSError):  # a signal ends that
             self.drain()
         if not self.size:
-            return ""
-        if self.is_file and not claim:  # with one, running it again might store it twice
-            return "standard input is a file, so nothing is lost: run this again"
-        while True:
-            if not self.part:
-                self.move()
-            if not self.part:
-                sys.stderr.flush()
-                write_all(sys.stderr.buffer, self.copy.getvalue().rstrip(b"\n") + b"\n")
-                sys.stderr.buffer.flush()
-                return "the input could not be kept in any file and stands above"
-            try:
-                os.fsync(self.copy.fileno())
-                if claim:
-                    write_claim(self.final, claim)
-                os.rename(self.part, self.final)
-                self.part = ""
-            except OSError:
-                self.move()
-                continue
-            try:
-                sync_folder(self.final)
-            except OSError:  # it is there; a second copy of it would be stored twice
-                pass
-            return f"the input is kept in {self.final}"
+            return Kept(note="there was no input")
+        if self.is_file and not receipts:  # with one, running it again might store it twice
+            return Kept(note="standard input is a file, so nothing is lost: run this again")
+        return super().keep(receipts)
+
+    def drain(self) -> None:
+        """Take what waits in the pipe, without waiting for more: a few times what a pipe holds."""
+        with contextlib.suppress(OSError):
+            for _ in range(16):
+                if self.ended or not select.select([self.descriptor], [], [], 0)[0]:
+                    break
+                self.take()
 
 
 def write_all(file: Any, data: bytes) -> None:
@@ -1248,117 +1433,198 @@ def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
         size -= len(data)
 
 
-TEXT_TOO = ".text.json"  # how the name of a kept file ends that came with --skip-text
+def file_mode(path: str) -> int:
+    """Return the rights of files made for the database at *path*: no more than its own; the umask takes from them."""
+    try:
+        return os.stat(path).st_mode & 0o666
+    except OSError:  # it does not exist yet
+        return 0o666
+
+
+def random_name() -> str:
+    return os.urandom(8).hex()
+
+
+def new_temporary(path: str, mode: int = 0o666) -> tuple[str, io.FileIO]:
+    """Create the temporary file that is to become *path*, with the rights *mode*; return its path, and it, open.
+
+    Nobody can guess its name, and put a link in its place. The folder for kept input is made with it.
+    """
+    folder, name = os.path.split(path)
+    temporary = join(folder, f".{name}.{random_name()}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    for attempt in range(100):
+        try:
+            return temporary, io.FileIO(os.open(temporary, flags, mode), "r+")
+        except FileNotFoundError as error:
+            if attempt == 99 or not folder.endswith(KEPT):
+                error.filename = folder
+                raise
+        try:
+            os.mkdir(folder, mode | (mode & 0o444) >> 2)  # who may read may look in; a retry may remove it at once
+        except FileExistsError:  # another process was faster
+            continue
+        sync_folder(folder)
+    raise AssertionError
+
+
+def publish(temporary: str, path: str) -> None:
+    """Give a temporary file its name; raise FileExistsError rather than replace another."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        os.rename(temporary, path)
+        return
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there, and its folder, if that was made to keep input and is empty now."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    if dirname(path).endswith(KEPT):
+        with contextlib.suppress(OSError):
+            os.rmdir(dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Make the name of the file or folder at *path* durable."""
+    folder = os.open(dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system whose folders can't be flushed
+            raise
+    finally:
+        os.close(folder)
+
+
+KEPT = "-kept"  # how the name of the folder for kept input ends
+SKIP_TEXT_SUFFIX = ".text.json"  # how the name of a kept file ends that came with --skip-text
 
 
 def kept_places(path: str, skip_text: bool = False) -> Iterator[str]:
     """Yield where input for the database at *path* can be kept: beside it, here, or with temporary files."""
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z"
-    name += f"-{os.uname().nodename}-{os.getpid()}{TEXT_TOO if skip_text else '.json'}"
+    suffix = SKIP_TEXT_SUFFIX if skip_text else ".json"
+    name += f"-{os.uname().nodename}-{os.getpid()}-{random_name()}{suffix}"
     if path:
-        yield join(path + "-kept", name)
+        yield join(path + KEPT, name)
     for folder in spare_folders():
         yield join(folder, spare_prefix(path) + name)
 
 
 def spare_folders() -> Iterator[str]:
-    try:
+    with contextlib.suppress(OSError):  # it is gone
         yield os.getcwd()
-    except OSError:  # it is gone
-        pass
-    try:
+    with contextlib.suppress(OSError, ImportError):  # no folder takes temporary files, or no more files can be opened
         import tempfile
 
         yield tempfile.gettempdir()
-    except (OSError, ImportError):  # no folder takes temporary files, or no file can be opened to import that module
-        pass
 
 
 def spare_prefix(path: str) -> str:
     """Return how names of files begin that are kept for the database at *path* away from it."""
+    if not path:
+        return "dbtool-kept-"
     # The remainder by a prime: a checksum that needs no module, as there may be no more file to open one with.
     return f"dbtool-kept-{int.from_bytes(os.fsencode(path), 'big') % 4_294_967_291:08x}-"
 
 
-def kept_files(path: str) -> list[str]:
-    """Return the files kept for *path*, in each folder the oldest first; of some, only the claim is left."""
-    from glob import escape, glob
+def kept_files(path: str) -> tuple[list[str], list[Failure]]:
+    """Return the files kept for the database at *path*, in each folder the oldest first, and why some can't be found.
 
-    starts = [join(path + "-kept", "")]
-    for folder in (dirname(path), *spare_folders()):
-        starts.append(join(folder, spare_prefix(path)))
-    return sorted({name.removesuffix(".claim") for start in starts for ending in ("", ".claim")
-                   for name in glob(f"{escape(start)}*.json{ending}")})
-
-
-def new_part(path: str) -> tuple[str, io.FileIO]:
-    """Create the temporary file that is to become *path*; return its path, and it, open for writing."""
-    folder, name = os.path.split(path)
-    part = join(folder, f".{name}.{os.getpid()}.part")
-    for attempt in range(100):
+    Of some, only the receipt may be left.
+    """
+    found, failures = [], []
+    places = {path + KEPT: "", **{folder: spare_prefix(path) for folder in (dirname(path), *spare_folders())}}
+    for folder, prefix in sorted(places.items()):
         try:
-            return part, io.FileIO(part, "w+")
-        except FileNotFoundError as error:
-            if attempt == 99 or not folder.endswith("-kept"):
-                error.filename = folder
-                raise
-        try:
-            os.mkdir(folder)  # a retry may remove it at once
-        except FileExistsError:  # another process was faster
-            pass
-    raise AssertionError
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if prefix:  # some hide what is in the folder for temporary files
+                continue
+            failures.append(Failure(f"{folder}: {error.strerror}; so nobody knows whether input is kept there"))
+            continue
+        names = [name.removesuffix(RECEIPT) for name in names if name.startswith(prefix) and not name.startswith(".")]
+        found += sorted({join(folder, name) for name in names if name.endswith(".json")})
+    return found, failures
 
 
-def remove(path: str) -> None:
-    """Remove a file, if it is there, and its folder, if that was made to keep input and is empty now."""
+def open_kept(path: str) -> io.FileIO:
+    """Open a file that was kept; raise Failure if it is not a regular file of this user, who made it."""
     try:
-        os.unlink(path)
+        file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
+            raise not_kept_by_user() from None
+        raise
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        file.close()
+        raise not_kept_by_user()
+    return file
+
+
+def not_kept_by_user() -> Failure:
+    return Failure("is not a regular file of yours, so it was passed over; look at it, and move it away")
+
+
+RECEIPT = ".receipt"  # what the name of a receipt adds to that of the kept file
+
+
+def write_receipts(path: str, receipts: Iterable[Receipt], mode: int) -> None:
+    """Write beside the kept file at *path*, before COMMIT, what tells later whether it is stored."""
+    temporary, file = new_temporary(path + RECEIPT, mode)
+    try:
+        with file:
+            write_all(file, json.dumps(list(receipts), default=blob_as_json).encode())
+            os.fsync(file.fileno())
+        os.replace(temporary, path + RECEIPT)
+        sync_folder(path)
+    except OSError:
+        remove(temporary)
+        raise
+
+
+def read_receipts(path: str, schema: Schema) -> list[Receipt]:
+    """Return the receipts of the kept file at *path*; raise Failure if they can't be used."""
+    try:
+        with open_kept(path + RECEIPT) as file:
+            receipts = json.loads(file.readall(), object_hook=lambda value: value if "$hex" not in value else
+                                  json_or_blob(value))
     except FileNotFoundError:
-        pass
-    if dirname(path).endswith("-kept"):
-        try:
-            os.rmdir(dirname(path))
-        except OSError:
-            pass
+        return []
+    except ValueError:  # torn: it is written whole before COMMIT, so COMMIT had not begun
+        return []
+    except RecursionError:
+        receipts = None
+    if isinstance(receipts, list) and receipts and all(is_receipt(receipt, schema) for receipt in receipts):
+        return receipts
+    raise Failure(f"its receipt, {basename(path)}{RECEIPT}, does not say which row of {schema.table} would tell whether"
+                  " it is stored; look, and delete one of the two files")
 
 
-def sync_folder(path: str) -> None:
-    """Make the name of the file at *path* durable."""
-    folder = os.open(dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def is_receipt(receipt: Any, schema: Schema) -> bool:
+    if not (isinstance(receipt, dict) and receipt.keys() == {"table", "told_by", "key"}
+            and receipt["table"] == schema.table and receipt["told_by"] in ("key", "values", "nothing")
+            and isinstance(receipt["key"], dict) and bool(receipt["key"]) == (receipt["told_by"] == "key")):
+        return False
+    return all(name in schema.by_name and (value is None or isinstance(value, (int, float, str, bytes)))
+               for name, value in receipt["key"].items())
 
 
-def hexed(blob: bytes) -> dict[str, str]:
-    """Return a BLOB as what structure() makes one of; for the json module."""
-    return {"$hex": blob.hex()}
-
-
-def write_claim(path: str, claim: Claim) -> None:
-    """Write beside the kept file at *path* which rows show that it is stored."""
-    import json
-
-    with open(path + ".claim", "wb", buffering=0) as file:
-        write_all(file, json.dumps(claim, default=hexed).encode())
-        os.fsync(file.fileno())
-    sync_folder(path)
-
-
-def read_claim(path: str) -> Claim | None:
-    import json
-
-    try:
-        with open(path + ".claim", encoding="utf-8") as file:
-            claim = json.load(file)
-    except (FileNotFoundError, ValueError):  # it is written whole before COMMIT
-        return None
-    return [{name: structure(value) if type(value) is dict else value for name, value in row.items()} for row in claim]
-
-
-# --------------------------------------------------------------------------------------------- output
+# ----------------------------------------------------------------------------------------------- query
 
 HARMLESS_PRAGMAS = frozenset((
     "application_id", "collation_list", "compile_options", "data_version", "database_list", "encoding",
@@ -1367,30 +1633,19 @@ HARMLESS_PRAGMAS = frozenset((
     "quick_check", "schema_version", "table_info", "table_list", "table_xinfo", "user_version"))
 TAKE_AN_ARGUMENT = ("check", "info", "list")  # how the names end of those that change nothing by it
 
-SQLITE_FUNCTION, SQLITE_RECURSIVE = 31, 33  # action codes of sqlite3.h that PyPy's sqlite3 does not name
 
-
-def authorize(action: int, first: Any, second: Any, *_: object) -> int:
+def authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
     """Admit what reads and deny all else; a callback for sqlite3_set_authorizer."""
     if action == sqlite3.SQLITE_PRAGMA:
-        name = c_text(first)
+        name = str(first).lower()
         admitted = name in HARMLESS_PRAGMAS and (not second or name.endswith(TAKE_AN_ARGUMENT))
-    elif action == SQLITE_FUNCTION:
-        admitted = c_text(second) not in ("fts3_tokenizer", "load_extension")
+    elif action == sqlite3.SQLITE_FUNCTION:
+        admitted = str(second).lower() not in UNSAFE_FUNCTIONS
     elif action == sqlite3.SQLITE_UPDATE:
-        admitted = c_text(first) == "sqlite_master"  # how json_each and its like are declared; SQLite guards it itself
+        admitted = first == "sqlite_master"  # how json_each and its like are declared; SQLite guards it itself
     else:
-        admitted = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, SQLITE_RECURSIVE)
+        admitted = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
     return sqlite3.SQLITE_OK if admitted else sqlite3.SQLITE_DENY
-
-
-def c_text(text: Any) -> str:
-    """Return an authorizer's argument in lower case; PyPy hands over C strings."""
-    if not isinstance(text, str):
-        from _sqlite3 import _ffi  # type: ignore[attr-defined]
-
-        text = _ffi.string(text).decode()
-    return str(text).lower()
 
 
 class Numbers:
@@ -1412,15 +1667,17 @@ class Percentile(Numbers):
     def finalize(self) -> float | None:
         if not 0 <= self.percent <= 100:
             raise ValueError
-        place, part = divmod((len(self.values) - 1) * self.percent / 100, 1)
+        place, fraction = divmod((len(self.values) - 1) * self.percent / 100, 1)
         around = sorted(self.values)[int(place):int(place) + 2]
         if not around:
             return None
         low, high = around[0], around[-1]
-        if not part or low == high:
+        if not fraction or low == high:
             return low
-        between = (high - low) * part
-        return low + between if between - between == 0 else low * (1 - part) + high * part  # beyond the largest float
+        between = (high - low) * fraction
+        if between - between == 0:
+            return low + between
+        return low * (1 - fraction) + high * fraction  # they are further apart than the largest float
 
 
 class Stddev(Numbers):
@@ -1431,6 +1688,138 @@ class Stddev(Numbers):
 
         values = self.values
         return statistics.stdev(values) if len(values) > 1 and not any(value - value for value in values) else None
+
+
+IMMUTABLE = "?immutable=1"  # how the URI of a file ends that is read as one that does not change
+
+
+def uri_to_read(path: str) -> str:
+    """Return the URI that opens the file at *path* without changing it; raise Failure if there is none.
+
+    SQLite needs to create files beside one in WAL mode even to read it. Where it can't, and no
+    writer is at work, the file can be read as one that does not change, if in the end it has not.
+    """
+    if not isfile(path):
+        raise Failure("is a folder; name a file in it" if isdir(path) else "there is no such file")
+    with open(path, "rb") as file:
+        is_wal = file.read(19)[18:] == b"\2"
+    may_write = os.access(path, os.W_OK) and os.access(dirname(path), os.W_OK)
+    return file_uri(path) + (IMMUTABLE if is_wal and not may_write and not wal_size(path) else "?mode=ro")
+
+
+def wal_size(path: str) -> int:
+    try:
+        return os.path.getsize(path + "-wal")
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def reading(path: str, timeout: float = LOCK_TIMEOUT_S, guarded: bool = True) -> Iterator[Connection]:
+    """Give a connection to the file at *path* that cannot write and leaves no files behind.
+
+    Unless *guarded*, it may create other files, and its user waits for locks. Raises Failure.
+    """
+    uri = uri_to_read(path)
+    before, had_wal = stamp(path), wal_size(path)
+    try:
+        with contextlib.closing(connect(uri)) as db:
+            if guarded:
+                begin_to_read(db, timeout)
+                db.execute("PRAGMA query_only = ON")
+                db.set_authorizer(authorize)
+            yield db
+            check_unchanged(path, uri, before)
+    except DATABASE_ERRORS as error:
+        SIGNALS.check()
+        raise as_failure(error, path) from None
+    finally:
+        PROGRESS.clear()
+        if exists(path + "-wal") and not had_wal and not uri.endswith(IMMUTABLE):
+            remove_wal(path)
+
+
+def begin_to_read(db: Connection, timeout: float) -> None:
+    """Begin a transaction in which the file stays as it is now. With a rollback journal, it keeps the lock it needs."""
+    db.execute("BEGIN")
+    patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")
+
+
+def stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
+
+
+def check_unchanged(path: str, uri: str, before: tuple[int, int]) -> None:
+    """Raise Failure if the file was read as one that does not change, and has changed since its stamp *before*."""
+    if uri.endswith(IMMUTABLE) and stamp(path) != before:
+        raise Failure("changed while it was read; run this again", TRY_AGAIN)
+
+
+def remove_wal(path: str) -> None:
+    """Let SQLite remove the empty -wal and -shm files that a read-only connection had to make and may not remove."""
+    try:
+        with contextlib.closing(connect(file_uri(path) + "?mode=rw")) as db:
+            scalar(db, "SELECT count(*) FROM sqlite_master")
+    except sqlite3.Error:
+        pass  # a writer is at work, and will remove them; or the file has been renamed
+
+
+@contextlib.contextmanager
+def asking(db: Connection, sql: str, parameters: Mapping[str, Any] | Sequence[Any]) -> Iterator[Cursor]:
+    """Give a cursor with the rows that answer a query; raise Failure if *sql* is not one query that works."""
+    aggregates: Any = (("median", 1, Percentile), ("percentile", 2, Percentile), ("stddev", 1, Stddev))
+    for aggregate in aggregates:
+        db.create_aggregate(*aggregate)
+    db.text_factory = str
+    if sys.version_info >= (3, 11):
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES)  # one value of 1 GB is 20 GB, and no signal is heard
+    try:
+        with contextlib.closing(db.cursor()) as cursor:  # or the connection lives on, with its files
+            cursor.execute(sql, parameters)
+            if cursor.description is None:
+                raise Failure("the SQL asks for nothing; write a SELECT")
+            yield cursor
+    except (*DATABASE_ERRORS, ValueError, OverflowError) as error:
+        SIGNALS.check()
+        failure = as_failure(error, "")
+        db.text_factory = lenient_text
+        raise failure if failure.status == TRY_AGAIN else Failure(why_unanswered(db, str(error))) from None
+
+
+def why_unanswered(db: Connection, said: str) -> str:
+    if "authoriz" in said or "prohibited" in said:
+        return f"query only reads, and this SQL would do more ({said})"
+    if "no such column" in said or "no such table" in said:
+        names: list[str] = []
+        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
+            with contextlib.suppress(sqlite3.OperationalError):  # a view of what is no longer there
+                names += [name, *columns_of(db, name)]
+        is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
+        return said + (nearest(said.rpartition(": ")[2].rpartition(".")[2], names) or is_text)
+    if "no such function" in said:
+        functions = {row[0] for row in db.execute("PRAGMA function_list")}
+        return said + nearest(said.rpartition(": ")[2], functions)
+    if "binding" in said.lower():
+        return f"{said} (--param NAME=VALUE gives :NAME a value)"
+    if "decode" in said:
+        return f"{said}; it is not UTF-8: SELECT CAST(… AS BLOB) shows its bytes"
+    if "too big" in said:
+        return f"{said}: no value may have more than {VALUE_BYTES:,} bytes"
+    if "finalize" in said or "step" in said:
+        return "median, stddev and percentile take numbers, and percentile's second is from 0 to 100"
+    return said
+
+
+def query(database: str, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = (),
+          timeout: float = LOCK_TIMEOUT_S) -> list[dict[str, Any]]:
+    """Return the rows that answer one SQL question, as dictionaries; nothing can be written. Raises Failure."""
+    with reading(realpath(database), timeout) as db, asking(db, sql, parameters) as cursor:
+        names = distinct_names(names_of(cursor))
+        return [dict(zip(names, row)) for row in cursor]
+
+
+# ---------------------------------------------------------------------------------------------- output
 
 
 def names_of(cursor: Cursor) -> list[str]:
@@ -1449,7 +1838,7 @@ def distinct_names(names: Iterable[str]) -> list[str]:
     return found
 
 
-def batches(cursor: Cursor) -> Iterator[Batch]:
+def batches_of(cursor: Cursor) -> Iterator[Batch]:
     count = 0
     PROGRESS.measure = lambda: (f"{count:,} rows", 0.0)
     while rows := cursor.fetchmany(ROWS_AT_ONCE):
@@ -1459,7 +1848,9 @@ def batches(cursor: Cursor) -> Iterator[Batch]:
 
 
 def printable(value: Any, null: str) -> Any:
-    return null if value is None else value.hex() if isinstance(value, bytes) else value
+    if value is None:
+        return null
+    return value.hex() if isinstance(value, bytes) else value
 
 
 def delimited(names: list[str], batches: Iterable[Batch], delimiter: str, null: str, header: bool) -> Iterator[str]:
@@ -1493,62 +1884,92 @@ def quoted_rows(rows: Iterable[Iterable[Any]], delimiter: str) -> str:
     return "".join(map(csv.writer(Lines, delimiter=delimiter, lineterminator="\r\n").writerow, rows))
 
 
-def json_rows(names: list[str], batches: Iterable[Batch], before: str, between: str, after: str) -> Iterator[str]:
+def as_csv(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+    return delimited(names, batches, ",", null, header)
+
+
+def as_tsv(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+    return delimited(names, batches, "\t", null, header)
+
+
+def json_objects(names: list[str], batches: Iterable[Batch]) -> Iterator[list[str]]:
     """Yield the rows, many at once, as JSON objects that insert reads; a BLOB is {"$hex": "…"}."""
-    import json
-
-    encode = json.JSONEncoder(ensure_ascii=False, default=hexed).encode
+    encode = json.JSONEncoder(ensure_ascii=False, default=blob_as_json).encode
     names = distinct_names(names)
-    gap = before
     for rows in batches:
-        yield gap + between.join([encode(dict(zip(names, row))) for row in rows])
-        gap = between
-    if gap == before:
-        yield before
-    if gap:
-        yield after
+        yield [encode(dict(zip(names, row))) for row in rows]
 
 
-def table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+def as_jsonl(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+    for objects in json_objects(names, batches):
+        yield "\n".join([*objects, ""])
+
+
+def as_json(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+    gap = "["
+    for objects in json_objects(names, batches):
+        yield gap + ",\n ".join(objects)
+        gap = ",\n "
+    yield "[]\n" if gap == "[" else "]\n"
+
+
+def cell(value: Any, null: str) -> str:
+    """Return a value as one line of text for people."""
+    text = str(printable(value, null))
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def number_columns(rows: Batch) -> list[bool]:
+    return [any(isinstance(value, (int, float)) for value in column) for column in zip(*rows)]
+
+
+def as_table(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
     """Yield lines for people: columns as wide as their first values, numbers to the right."""
     from unicodedata import combining, east_asian_width
 
     def width(text: str) -> int:
         return sum(1 + (east_asian_width(char) in "FW") for char in text if not combining(char))
 
-    def cell(value: Any) -> str:
-        text = str(printable(value, null))
-        return text if text.isprintable() else repr(text)[1:-1]
-
     def aligned(text: str, size: int, is_number: bool) -> str:
         blank = " " * (size - width(text))
         return blank + text if is_number else text + blank
 
-    names = list(map(cell, names))
-    heading = [names] if header else []
+    heading = [[cell(name, null) for name in names]] if header else []
     widths: list[int] = []
     for rows in batches:
-        lines = [list(map(cell, row)) for row in rows]
+        lines = [[cell(value, null) for value in row] for row in rows]
         if not widths:
-            numeric = [any(isinstance(value, (int, float)) for value in column) for column in zip(*rows)]
+            numeric = number_columns(rows)
             widths = [max(map(width, column)) for column in zip(*heading, *lines)]
-            lines = heading + [["-" * size for size in widths]] * header + lines
+            rule = [["-" * size for size in widths]] if header else []
+            lines = [*heading, *rule, *lines]
         for line in lines:
             yield "  ".join(map(aligned, line, widths, numeric)).rstrip() + "\n"
     if not widths and header:
-        yield "  ".join(names) + "\n"
+        yield "  ".join(heading[0]) + "\n"
 
 
-def formatted(names: list[str], batches: Iterable[Batch], style: str, null: str = "",
-              header: bool = True) -> Iterator[str]:
-    """Return the rows as text in the *style* csv, tsv, json, jsonl or table."""
-    if style == "table":
-        return table(names, batches, null, header)
-    if style == "json":
-        return json_rows(names, batches, "[", ",\n ", "]\n")
-    if style == "jsonl":
-        return json_rows(names, batches, "", "\n", "\n")
-    return delimited(names, batches, "\t" if style == "tsv" else ",", null, header)
+def as_markdown(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
+    """Yield a table as GitHub and Pandoc read it, for an issue or a draft; numbers to the right."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |\n"
+
+    def escaped(value: Any) -> str:
+        text = str(printable(value, null)).replace("\\", "\\\\").replace("|", "\\|")
+        return "<br>".join(text.splitlines())
+
+    for rows in itertools.chain(batches, [()]):
+        if header:
+            marks = [":" if is_number else "-" for is_number in number_columns(rows) or [False] * len(names)]
+            yield line(map(escaped, names)) + line(f"--{mark}" for mark in marks)
+        header = False
+        yield "".join([line(map(escaped, row)) for row in rows])
+
+
+# How query prints: a new format is one line here, and one function.
+FORMATS: dict[str, Callable[[list[str], Iterable[Batch], str, bool], Iterator[str]]] = {
+    "csv": as_csv, "tsv": as_tsv, "json": as_json, "jsonl": as_jsonl, "table": as_table, "markdown": as_markdown}
 
 
 def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") -> None:
@@ -1557,7 +1978,7 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
     It gets the rights of the file *like*, if one is named.
     """
     out: Any = None
-    part = ""
+    temporary = ""
     try:
         if not target:
             if sys.stdout is None:
@@ -1567,26 +1988,26 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
             with SIGNALS:  # it may be a pipe that nobody reads yet
                 out = open(target, "wb")
         else:
-            part, out = new_part(realpath(target))
-            if like:
-                os.chmod(part, os.stat(like).st_mode)
+            temporary, out = new_temporary(realpath(target), file_mode(like) if like else 0o666)
         for text in texts:
             with SIGNALS:  # the reader may be slow
                 write_all(out, text.encode(errors="surrogateescape") if isinstance(text, str) else text)
         out.flush()
-        if part:
+        if temporary:
+            if like:
+                os.chmod(temporary, os.stat(like).st_mode)
             os.fsync(out.fileno())
-            os.replace(part, realpath(target))
+            os.replace(temporary, realpath(target))
     except (OSError, Failure) as error:
-        if out and not part:  # what is still in the buffer would fail or wait again when Python ends
+        if out and not temporary:  # what is still in the buffer would fail or wait again when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if isinstance(error, OSError):
             error.filename = target or "standard output"
         raise
     finally:
-        if part:
+        if temporary:
             out.close()
-            remove(part)
+            remove(temporary)
 
 
 def is_database(path: str) -> bool:
@@ -1601,457 +2022,13 @@ def output_path(target: str) -> str:
     path = realpath(target)
     if target.endswith("/"):
         raise Failure(f"{target} is a folder; name a file in it")
-    for ending in ("-wal", "-shm", "-journal"):
-        if path.endswith(ending) and is_database(path.removesuffix(ending)):
-            raise Failure(f"{target} belongs to the database {path.removesuffix(ending)}; name another file")
+    for suffix in ("-wal", "-shm", "-journal"):
+        if path.endswith(suffix) and is_database(path.removesuffix(suffix)):
+            raise Failure(f"{target} belongs to the database {path.removesuffix(suffix)}; name another file")
     return path
 
 
-# -------------------------------------------------------------------------------------------- reading
-
-FROZEN = "?immutable=1"  # how the URI of a file ends that is read as one that does not change
-
-
-def uri_to_read(path: str) -> str:
-    """Return the URI that opens the file at *path* without changing it; raise Failure if there is none.
-
-    SQLite needs to create files beside one in WAL mode even to read it. Where it can't, and no
-    writer is at work, the file can be read as one that does not change, if in the end it has not.
-    """
-    if not isfile(path):
-        raise Failure("is a folder; name a file in it" if isdir(path) else "there is no such file")
-    with open(path, "rb") as file:
-        is_wal = file.read(19)[18:] == b"\2"
-    may_write = os.access(path, os.W_OK) and os.access(dirname(path), os.W_OK)
-    return file_uri(path) + (FROZEN if is_wal and not may_write and not wal_size(path) else "?mode=ro")
-
-
-def file_uri(path: str) -> str:
-    """Return the URI of a file; a byte of its name that is not UTF-8 is half a surrogate pair in *path* (PEP 383)."""
-    return "file://" + "".join(f"%{ord(char) & 255:02x}" if char in "%?#" or "\udc80" <= char <= "\udcff" else char
-                               for char in path)
-
-
-def wal_size(path: str) -> int:
-    return os.path.getsize(path + "-wal") if exists(path + "-wal") else 0
-
-
-def reading(path: str, action: Callable[[Connection], Result], timeout: float = LOCK_TIMEOUT_S,
-            guarded: bool = True) -> Result:
-    """Return action(db), with a connection to the file at *path* that cannot write and leaves no files behind.
-
-    Unless *guarded*, the connection may create other files, and *action* waits for locks itself. Raises Failure.
-    """
-    uri = uri_to_read(path)
-    before, had_wal = stamp(path), wal_size(path)
-    try:
-        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
-        try:
-            db.set_progress_handler(SIGNALS.pending, STEPS_BETWEEN_CHECKS)
-            if guarded:
-                begin_to_read(db, timeout)
-                db.execute("PRAGMA query_only = ON")
-                db.set_authorizer(authorize)
-            result = action(db)
-            check_unchanged(path, uri, before)
-            return result
-        finally:
-            PROGRESS.clear()
-            db.close()
-            if exists(path + "-wal") and not had_wal and not uri.endswith(FROZEN):
-                remove_wal(path)
-    except sqlite3.Error as error:
-        SIGNALS.check()
-        raise as_failure(error, path) from None
-
-
-def begin_to_read(db: Connection, timeout: float) -> None:
-    """Begin a transaction in which the file stays as it is now. With a rollback journal, it keeps the lock it needs."""
-    db.execute("BEGIN")
-    patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")
-
-
-def stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_mtime_ns, status.st_size
-
-
-def check_unchanged(path: str, uri: str, before: tuple[int, int]) -> None:
-    """Raise Failure if the file was read as one that does not change, and has changed since its stamp *before*."""
-    if uri.endswith(FROZEN) and stamp(path) != before:
-        raise Failure("changed while it was read; run this again", TRY_AGAIN)
-
-
-def remove_wal(path: str) -> None:
-    """Let SQLite remove the empty -wal and -shm files that a read-only connection had to make and may not remove."""
-    db = sqlite3.connect(path, timeout=0)
-    try:
-        scalar(db, "SELECT count(*) FROM sqlite_master")
-    except sqlite3.Error:
-        pass  # a writer is at work, and will remove them
-    finally:
-        db.close()
-
-
-def ask(db: Connection, sql: str, parameters: Mapping[str, Any] | Sequence[Any],
-        take: Callable[[Cursor], Result]) -> Result:
-    """Run a query and return take(cursor); raise Failure if *sql* is not one query that works."""
-    aggregates: Any = (("median", 1, Percentile), ("percentile", 2, Percentile), ("stddev", 1, Stddev))
-    for aggregate in aggregates:
-        db.create_aggregate(*aggregate)
-    cursor = db.cursor()
-    try:
-        cursor.execute(sql, parameters)
-        if cursor.description is None:
-            raise Failure("the SQL asks for nothing; write a SELECT")
-        return take(cursor)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-        SIGNALS.check()
-        failure = as_failure(error, "")
-        raise failure if failure.status == TRY_AGAIN else Failure(why_unanswered(db, str(error))) from None
-    finally:
-        cursor.close()  # or the connection lives on, with its files
-
-
-def why_unanswered(db: Connection, said: str) -> str:
-    if "authoriz" in said or "prohibited" in said:
-        return f"query only reads, and this SQL would do more ({said})"
-    if "no such column" in said or "no such table" in said:
-        names: list[str] = []
-        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
-            try:
-                names += [name, *columns_of(db, name)]
-            except sqlite3.OperationalError:  # a view of what is no longer there
-                pass
-        is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
-        return said + (nearest(said.rpartition(": ")[2].rpartition(".")[2], names) or is_text)
-    if "binding" in said.lower():
-        return f"{said} (--param NAME=VALUE gives :NAME a value)"
-    if "decode" in said:
-        return f"{said}; it is not UTF-8: SELECT CAST(… AS BLOB) shows its bytes"
-    if "finalize" in said or "step" in said:
-        return "median, stddev and percentile take numbers, and percentile's second is from 0 to 100"
-    return said
-
-
-def query(database: str, sql: str, parameters: Mapping[str, Any] | Sequence[Any] = (),
-          timeout: float = LOCK_TIMEOUT_S) -> list[dict[str, Any]]:
-    """Return the rows that answer one SQL question, as dictionaries; nothing can be written. Raises Failure."""
-
-    def all_rows(cursor: Cursor) -> list[dict[str, Any]]:
-        names = distinct_names(names_of(cursor))
-        return [dict(zip(names, row)) for row in cursor]
-
-    return reading(realpath(database), lambda db: ask(db, sql, parameters, all_rows), timeout)
-
-
-# ---------------------------------------------------------------------------------------- whole files
-
-
-def merge(path: str, source: str, schema: Schema, timeout: float = LOCK_TIMEOUT_S) -> tuple[int, int, int]:
-    """Add the rows of the file at *source* to the one at *path*, by primary key, in one transaction.
-
-    Return how many were added, how many were known, and how many of those have other values there.
-    Raises Failure.
-    """
-    path, source = realpath(path), realpath(source)
-    if not schema.key or schema.key[0].rowid:
-        raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
-                      " means different rows; merge needs a primary key that is unique everywhere")
-    table, keys = quote(schema.table), [quote(column.name) for column in schema.key]
-    key, is_null = ", ".join(keys), f" IS NULL OR {table}.".join(keys)
-
-    def read(db: Connection) -> tuple[int, int, int]:
-        if exists(path) and os.path.samefile(path, source):
-            raise Failure("is the very file to merge into")
-        made = [column.name for column in schema.columns if column.generated]
-        columns = columns_of(db, schema.table)
-        names = [name for name, column in columns.items() if not column.generated and name not in made]
-        if not names:
-            raise Failure(f"has no table {schema.table}")
-        for column in schema.key:
-            if column.name not in names:
-                raise Failure(f"has no column {column.name}, by which rows are told apart")
-        if scalar(db, f"SELECT count(*) FROM {table} WHERE {table}.{is_null} IS NULL"):
-            raise Failure(f"has rows without the key {key}, by which rows are told apart")
-        check_names(schema, names)
-        check_types(columns, schema, "migrate a copy of it first", is_source=True)
-        return writing(path, schema, lambda db: add_rows(db, names), timeout)
-
-    def add_rows(db: Connection, names: list[str]) -> tuple[int, int, int]:
-        uri, before = uri_to_read(source), stamp(source)
-        quoted = list(map(quote, names))
-        columns, theirs, ours = ", ".join(quoted), ", s.".join(quoted), ", o.".join(quoted)
-        db.execute("COMMIT")  # a new file has its table now
-        deadline = time.monotonic() + timeout
-        patiently(db.execute, deadline, "ATTACH ? AS source", (uri,))
-        patiently(db.execute, deadline, "BEGIN IMMEDIATE")
-        total = patiently(scalar, deadline, db, f"SELECT count(*) FROM source.{table}")
-        # WHERE true: without it, SQLite would take ON CONFLICT for the ON of a join.
-        clause = conflict_clause(db, schema.table, "fail")
-        added = db.execute(f"INSERT{clause} INTO main.{table} ({columns}) SELECT {columns} FROM source.{table}"
-                           f" WHERE true ON CONFLICT ({key}) DO NOTHING").rowcount
-        different = added < total and scalar(
-            db, f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS o USING ({key})"
-                f" WHERE (s.{theirs}) IS NOT (o.{ours})")
-        check_unchanged(source, uri, before)
-        return added, total - added, int(different)
-
-    return reading(source, read, timeout)
-
-
-def snapshot(path: str, target: str, timeout: float = LOCK_TIMEOUT_S) -> None:
-    """Copy the file at *path* to *target*: a path, compressed if it ends in .gz or .xz, or - for standard output.
-
-    What is at *target* is replaced. Raises Failure, or OSError.
-    """
-    import tempfile
-
-    to_stdout = target == "-"
-    path, target = realpath(path), target if to_stdout else output_path(target)
-    if not to_stdout and exists(target):
-        if exists(path) and os.path.samefile(path, target):
-            raise Failure("is the very file to copy")
-        if not isfile(target):
-            raise Failure(f"{target} is a folder or device; name a file, or - for standard output")
-    if exists(target + "-wal") or exists(target + "-journal"):
-        raise Failure(f"{target} is in use as a database; name another file")
-    compressed = target.endswith((".gz", ".xz"))
-    part, file = new_part(join(tempfile.gettempdir(), "dbtool.db") if to_stdout else
-                          target + ".copy" if compressed else target)
-
-    def copy(db: Connection) -> None:
-        size = os.path.getsize(path)
-        PROGRESS.measure = lambda: ("copying", os.path.getsize(part) / size)
-        patiently(scalar, time.monotonic() + timeout, db, "SELECT count(*) FROM sqlite_master")  # says what is damaged
-        patiently(db.execute, time.monotonic() + timeout, "VACUUM INTO ?", (file_uri(part),))
-
-    try:
-        with file:
-            os.fchmod(file.fileno(), 0o600)  # until it has the rights of what it copies
-            reading(path, copy, timeout, guarded=False)
-            if to_stdout or compressed:
-                write_out(packed(file, target), "" if to_stdout else target, like=path)
-            else:
-                os.chmod(part, os.stat(path).st_mode)
-                os.fsync(file.fileno())
-                os.replace(part, target)
-            if not to_stdout:
-                sync_folder(target)
-    finally:
-        PROGRESS.clear()
-        remove(part)
-
-
-def packed(file: io.FileIO, target: str) -> Iterator[bytes]:
-    """Yield the bytes of *file*, compressed if the name of the *target* says so."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if target.endswith(".gz"):
-        import zlib
-
-        press: Any = zlib.compressobj(6, zlib.DEFLATED, 31)
-    elif target.endswith(".xz"):
-        import lzma
-
-        press = lzma.LZMACompressor(preset=2)  # the default takes 5 times as long, for 5 % less
-    else:
-        yield from pieces(file)
-        return
-    for data in pieces(file):
-        yield press.compress(data)
-        PROGRESS.show("compressing", file.tell() / size)
-    yield press.flush()
-
-
-def migrate(path: str, schema: Schema, drop: Collection[str] = (), fill: Mapping[str, str] | None = None,
-            timeout: float = LOCK_TIMEOUT_S, dry_run: bool = False) -> list[str]:
-    """Bring the file at *path* to *schema* in one transaction; return what was done, or with *dry_run* what would be.
-
-    *drop* names the columns to drop; *fill* says, as text, what rows get in a new column, or
-    instead of NULL. Raises Failure.
-    """
-    path = realpath(path)
-    if not isfile(path):
-        raise Failure("there is no such file")
-    values = {}
-    for name, text in (fill or {}).items():
-        if name not in schema.by_name:
-            raise Failure(f"--fill {no_column(schema, name)}", USAGE)
-        if schema.by_name[name].generated:
-            raise Failure(f"--fill {name}: is generated by SQLite", USAGE)
-        values[name] = fit_text(schema.by_name[name], text)
-
-    def take_steps(db: Connection) -> list[str]:
-        steps, own = plan_migration(db, schema, drop, values)
-        if steps:
-            size = os.path.getsize(path)
-            PROGRESS.measure = lambda: ("rewriting", wal_size(path) / size)
-            try:
-                rebuild(db, schema, values, own)
-            except sqlite3.IntegrityError as error:
-                raise Failure(f"{error}; nothing was changed (--fill COLUMN=VALUE gives what is NULL a value)"
-                              ) from None
-        return steps
-
-    if dry_run:
-        return reading(path, lambda db: plan_migration(db, schema, drop, values)[0], timeout)
-    return writing(path, None, take_steps, timeout)
-
-
-def plan_migration(db: Connection, schema: Schema, drop: Collection[str],
-                   fill: Collection[str]) -> tuple[list[str], list[Made]]:
-    """Return the steps, in words, that bring the table in *db* to *schema*, and what only the file has and keeps."""
-    old, new = columns_of(db, schema.table), schema.by_name
-    made = {name: (kind, name, sql) for kind, name, sql in db.execute(MADE)}
-    wanted = [name for _, name, _ in schema.made]
-    check_case(old, new, schema)
-    check_case(made, wanted, schema)
-    kept = [name for name in made if name not in wanted]
-    gone = [name for name in old if name not in new or new[name].generated > old[name].generated]
-    check_dropped(schema, gone, drop)
-    indexes = [name for name in kept if any(row[2] in gone for row in db.execute(f"PRAGMA index_info({quote(name)})"))]
-    empty = [name for name, column in new.items()
-             if name not in old and name not in fill and column.needed and not column.nullable]
-    if empty and old and scalar(db, f"SELECT EXISTS (SELECT 1 FROM {quote(schema.table)})"):
-        raise Failure(f"column {', '.join(empty)} is new, NOT NULL and without a default; say what the old rows get:"
-                      f" {' '.join(f'--fill {name}=VALUE' for name in empty)}")
-    steps = []
-    for name, column in new.items() if old else ():
-        if name not in old:
-            steps.append(f"add column {name} {column.type}".rstrip())
-        elif old[name].type.upper() != column.type.upper():
-            check_values(db, schema.table, old[name], column)
-            steps.append(f"retype column {name} from {old[name].type or 'none'} to {column.type or 'none'}")
-    for name in (name for name in fill if name in old):
-        count = scalar(db, f"SELECT count(*) FROM {quote(schema.table)} WHERE {quote(name)} IS NULL")
-        steps += [f"fill column {name}: {count:,} rows"] if count else []
-    steps += [f"drop column {name}" for name in gone] + [f"drop index {name}" for name in indexes]
-    for kind, name, sql in schema.made:
-        if name not in made:
-            steps.append(f"create {kind} {name}")
-        elif essence(sql) != essence(made[name][2]):
-            if name == schema.table:
-                count = scalar(db, f"SELECT count(*) FROM {quote(name)}")
-                steps.append(f"rewrite table {name}: {count:,} rows")
-            elif kind != "table":
-                steps.append(f"replace {kind} {name}")
-    return steps, [made[name] for name in kept if name not in indexes]
-
-
-def check_dropped(schema: Schema, gone: list[str], drop: Collection[str]) -> None:
-    """Raise Failure unless the columns to *drop* are those that are *gone* from the schema."""
-    for name in drop:
-        if name not in gone:
-            raise Failure(f"--drop {name}: is no column that only the file has{nearest(name, gone)}", USAGE)
-    kept = [name for name in gone if name not in drop]
-    if kept:
-        raise Failure(f"{schema.path} has no place for column {', '.join(kept)}; add it there, or drop it for good"
-                      f" with: --drop {' --drop '.join(kept)}")
-
-
-def check_values(db: Connection, table: str, old: Column, new: Column) -> None:
-    """Raise Failure if a value would not be the same in the new type of its column, as a round trip tells."""
-    if new.affinity in (old.affinity, "BLOB") or new.generated:
-        return
-    value = f"+{quote(new.name)}"  # a plus, so that comparing does not convert
-    there = f"+CAST({value} AS {new.affinity})"
-    # A NUMERIC column takes any text, but makes a number of what reads as one, as this comparison does.
-    converted = f"CAST({value} AS NUMERIC) = {value}" if new.affinity == "NUMERIC" else "1"
-    ((example, count),) = db.execute(
-        f"SELECT {value}, count(*) FROM {quote(table)} WHERE {there} IS NOT {value}"
-        f" AND +CAST({there} AS {old.affinity}) IS NOT {value}"
-        f" AND +CAST(CAST({there} AS INTEGER) AS TEXT) IS NOT {value} AND {converted}"
-    ).fetchall()
-    if count:
-        raise Failure(f"column {new.name}: {count} values do not fit {new.type} without a change, such as"
-                      f" {shown(example)}; mend them first, or keep the type")
-
-
-def rebuild(db: Connection, schema: Schema, fill: Mapping[str, Any], own: list[Made]) -> None:
-    """Make the table anew from schema.sql, copy the rows, and make again all that hangs on it.
-
-    As sqlite.org/lang_altertable.html advises for any change: the file then holds the very text of
-    schema.sql. What is *own* to the file is made first.
-    """
-    table, before = schema.table, schema.table + " before migrate"
-    old = columns_of(db, table)
-    unusable_before = unusable(db)
-    db.execute("PRAGMA legacy_alter_table = ON")  # so that renaming changes no other SQL
-    for kind, name, _ in db.execute(MADE).fetchall():
-        if kind != "table":
-            db.execute(f"DROP {kind} IF EXISTS {quote(name)}")
-    if old:
-        db.execute(f"ALTER TABLE {quote(table)} RENAME TO {quote(before)}")
-    make(db, [made for made in schema.made if made[0] == "table"])
-    if old:
-        copy_rows(db, schema, before, old, fill)
-        db.execute(f"DROP TABLE {quote(before)}")
-    for wanted in ("view", "index", "trigger"):  # a trigger may belong to a view
-        for kind, name, sql in (*own, *schema.made):
-            if kind == wanted and (why := why_not(db, sql)):
-                raise broken(f"{kind} {name}", why)
-    for what, why in unusable(db):
-        if (what, why) not in unusable_before:
-            raise broken(what, why)
-
-
-def broken(what: str, why: str) -> Failure:
-    return Failure(f"{what} would not work any more: {why}; change or drop it first")
-
-
-def why_not(db: Connection, sql: str) -> str:
-    """Run SQL; return what SQLite says against it, if it does not work."""
-    try:
-        db.execute(sql).fetchall()
-    except sqlite3.OperationalError as error:
-        SIGNALS.check()
-        return str(error)
-    return ""
-
-
-def unusable(db: Connection) -> list[tuple[str, str]]:
-    """Return which views, and the triggers of which tables and views, do not compile, and why."""
-    select = "SELECT DISTINCT tbl_name FROM sqlite_master WHERE type = ?"
-    found = [(f"view {name}", why) for name, in db.execute(select, ["view"]).fetchall()
-             if (why := why_not(db, f"SELECT * FROM {quote(name)} LIMIT 0"))]
-    for name, in db.execute(select, ["trigger"]).fetchall():
-        if not why_not(db, f"PRAGMA table_xinfo({quote(name)})"):  # else it is one of those views
-            values = ", ".join(f"{quote(column.name)} = NULL" for column in columns_of(db, name).values()
-                               if not column.generated)
-            changes = [f"INSERT INTO {quote(name)} DEFAULT VALUES", f"DELETE FROM {quote(name)}"]
-            changes += [f"UPDATE {quote(name)} SET {values}"] if values else []
-            found += [(f"a trigger of {name}", why) for change in changes
-                      if (why := why_not(db, f"EXPLAIN {change}")) and "because it is a view" not in why]
-    return found
-
-
-def copy_rows(db: Connection, schema: Schema, before: str, old: dict[str, Column], fill: Mapping[str, Any]) -> None:
-    """Copy the rows of the table *before*, whose columns are *old*; without a key, they keep their numbers."""
-    has_key = schema.key or any(column.key for column in old.values())
-    sources = {} if has_key else {"_rowid_": "_rowid_"}
-    values = []
-    for name, column in schema.by_name.items():
-        quoted = quote(name)
-        if name in fill:
-            sources[quoted] = f"coalesce({quoted}, ?)" if name in old else "?"
-            values.append(fill[name])
-        elif name in old and not column.generated:
-            sources[quoted] = quoted
-    if not sources:  # no column is left: the rows get a default, so that there are as many as before
-        first = next(column for column in schema.columns if not column.generated)
-        sources[quote(first.name)] = f"({first.default or 'NULL'})"
-    # OR ABORT: a constraint of the new table may say to pass over or replace rows instead.
-    db.execute(f"INSERT OR ABORT INTO {quote(schema.table)} ({', '.join(sources)}) SELECT"
-               f" {', '.join(sources.values())} FROM {quote(before)}", values)
-    if scalar(db, "SELECT count(*) FROM sqlite_master WHERE name = 'sqlite_sequence'"):
-        highest = scalar(db, "SELECT max(seq) FROM sqlite_sequence WHERE name IN (?, ?)", (schema.table, before))
-        db.execute("DELETE FROM sqlite_sequence WHERE name IN (?, ?)", (schema.table, before))
-        if highest is not None:  # the next number stays
-            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (schema.table, highest))
-
-
-# ------------------------------------------------------------------------------------------- commands
+# ---------------------------------------------------------------------------------------- command line
 
 
 class Options:
@@ -2088,50 +2065,201 @@ class Options:
         return text.replace(self.path, self.name) if abspath(self.name) == self.path else text
 
 
-def retry_line(name: str, flags: Mapping[str, list[str]], kept: str) -> str:
-    """Return the command that stores what an insert into the file *name*, with *flags*, kept in the file *kept*."""
-    # Away from the database, retry looks in the folder for temporary files, which may be another one by then.
-    where = "" if dirname(kept) == realpath(name) + "-kept" else f"TMPDIR={for_shell(dirname(kept))} "
-    given = []
-    for flag in ("--schema", "--table", "--on-conflict"):
-        if value := flags.get(flag, [""])[-1]:
-            given += [flag, value]
-    words = [*given, "--", name] if name.startswith("-") else [name, *given]
-    return " ".join([f"{where}python3 dbtool.py retry", *map(for_shell, words)])
+class Command:
+    """What a word on the command line stands for: a function, whose docstring --help shows, the words that it takes,
+    and its flags."""
+
+    def __init__(self, function: Callable[[Options], int | None], words: str, flags: str) -> None:
+        self.function, self.words, self.flags = function, words, ["--help", *flags.split()]
+
+
+class Program:
+    """A script with commands. `flags` says of each what it takes and does, by its name or by command and name."""
+
+    def __init__(self, name: str, manual: str, commands: dict[str, Command], flags: dict[str, tuple[str, str]],
+                 elsewhere: Mapping[str, str]) -> None:
+        self.name, self.manual, self.commands, self.flags = name, manual, commands, flags
+        self.elsewhere = elsewhere  # commands of other scripts
+
+    def run(self, arguments: Sequence[str], if_misused: Callable[[Sequence[str]], None] | None = None) -> int:
+        """Run a command line; report what goes wrong, and return the exit status.
+
+        *if_misused* is called, in the end, with a command line that is wrong.
+        """
+        global program_name
+        program_name = self.name
+        PROGRESS.begin()
+        where = f"{arguments[0]}: " if arguments and arguments[0] in self.commands else ""
+        options: Options | None = None
+        try:
+            if arguments[:1] in (["-h"], ["--help"]):
+                write_out([self.manual])
+            elif arguments[:1] == ["--version"]:
+                write_out([f"{self.name} {__version__}\n"])
+            else:
+                command, options = self.parse(arguments)
+                where = f"{options.name}: " if options.name else where
+                if "--help" not in options.flags:
+                    return command.function(options) or 0
+                write_out([self.command_help(arguments[0], options)])
+        except BrokenPipeError:  # `query … | head`: the rest is not wanted
+            pass
+        except (Failure, OSError, MemoryError) as error:
+            failure = as_failure(error, "")
+            report(f"{where}{failure}")
+            if if_misused and not options:
+                if_misused(arguments)
+            return failure.status
+        return 0
+
+    def flags_of(self, name: str) -> dict[str, tuple[str, str]]:
+        """Return what each flag of a command takes and does."""
+        return {flag: self.flags.get(f"{name} {flag}") or self.flags[flag] for flag in self.commands[name].flags}
+
+    def parse(self, arguments: Sequence[str]) -> tuple[Command, Options]:
+        """Return the command and what stands after it; raise Failure with status USAGE if they are wrong."""
+        name = arguments[0] if arguments else ""
+        if name not in self.commands:
+            if name in self.elsewhere:
+                other = self.elsewhere[name]
+                line = " ".join([script(other), *map(for_shell, arguments)])
+                raise Failure(f"{name} is a command of {other}.py; run: {line}", USAGE)
+            raise Failure(f"{f'unknown command {name}' if name else 'no command'}{nearest(name, self.commands)};"
+                          f" there are {', '.join(self.commands)} (see --help)", USAGE)
+        known, takes_columns = self.flags_of(name), name == "insert_manual"
+        takes_sql = "SQL" in self.commands[name].words
+        words: list[str] = []
+        flags: dict[str, list[str]] = {}
+        left = iter(arguments[1:])
+        for word in left:
+            if word == "--":
+                words += left
+            elif word == "-" or word[:1] != "-" or (takes_sql and " " in word.partition("=")[0]):
+                words.append(word)  # SQL may begin with a comment
+            else:
+                flag, value = self.flag(word, left, known, takes_columns)
+                flags.setdefault(flag, []).append(value)
+        if "--help" not in flags:
+            self.check_words(name, words)
+        return self.commands[name], Options(words, flags)
+
+    def flag(self, word: str, left: Iterator[str], known: Mapping[str, tuple[str, str]],
+             takes_columns: bool) -> tuple[str, str]:
+        """Return a flag and its value, which stands in the same word or in the next."""
+        flag, equals, value = word.partition("=")
+        flag = "--help" if flag == "-h" else flag
+        if flag not in known and not (takes_columns and flag[:2] == "--"):
+            raise Failure(f"unknown flag {flag}{nearest(flag, known)}", USAGE)
+        takes, _ = known.get(flag, ("VALUE", ""))
+        given = value if equals else next(left, None) if takes else ""
+        if given is None or (equals and not takes):
+            raise Failure(f"{flag} takes {f'a value: {takes}' if takes else 'no value'}", USAGE)
+        if ("|" in takes and given not in takes.split("|")) or ("=" in takes and "=" not in given[1:]):
+            raise Failure(f"{flag} takes {takes}, not {shown(given)}", USAGE)
+        return flag, given
+
+    def check_words(self, name: str, words: list[str]) -> None:
+        usage = self.commands[name].words
+        if words[:1] == [""]:
+            raise Failure("the DATABASE has no name", USAGE)
+        needed = usage.count(" ") + 1
+        if (len(words) < needed and usage[0] != "[") or (len(words) > needed and usage[-1] != "."):
+            hint = f"see: {script(self.name)} {name} --help"
+            if name == "insert" and words:
+                hint = f"it reads standard input: < {for_shell(words[-1])}"
+            raise Failure(f"takes {usage}, got {' '.join(map(shown, words)) or 'nothing'}; {hint}", USAGE)
+
+    def command_help(self, name: str, options: Options) -> str:
+        command = self.commands[name]
+        rows = [(f"{flag} {takes}", does) for flag, (takes, does) in self.flags_of(name).items()]
+        if name == "insert_manual":
+            rows += column_flags(options.schema(), command.flags)
+        width = max(len(left) for left, _ in rows if len(left) <= 40)
+        lines = [f"  {left:{width}}  {right}".rstrip() for left, right in rows]
+        usage = f"usage: {self.name}.py {name} {command.words} [FLAG]..."
+        return "\n".join([usage, "", command.function.__doc__ or "", "", *lines, ""])
+
+
+def column_flags(schema: Schema, known: Collection[str]) -> list[tuple[str, str]]:
+    """Return the flags of insert_manual that are columns, and what they are."""
+    said, rows = descriptions(schema), []
+    for column in schema.columns:
+        if not column.generated:
+            flag = f"--column.{column.name}" if f"--{column.name}" in known else f"--{column.name}"
+            kind = f"{column.type or 'anything'}{', needed' if column.needed else ''}"
+            rows.append((f"{shown(flag) if ' ' in flag else flag} {kind}", said.get(column.name, "")))
+    return rows
+
+
+# What a flag takes and does; for one that differs between commands, after the command's name.
+FLAGS = {
+    "--help": ("", "print this"),
+    "--schema": ("FILE", "what defines the columns (default: DBTOOL_SCHEMA, else schema.sql beside this script)"),
+    "--table": ("NAME", "which table of the schema (default: DBTOOL_TABLE, else its only one)"),
+    "--timeout": ("SECONDS", "how long to wait for a lock (default: 60)"),
+    "--on-conflict": ("|".join(CONFLICT_RULES), "what to do if a row with the key is there (default: fail)"),
+    "--skip-text": ("", "pass lines that are no JSON objects on to standard error"),
+    "--param": ("NAME=VALUE", "the value of :NAME: a number if Python prints it that way, else text; may be repeated"),
+    "--format": ("|".join(FORMATS), "how to print (default: csv)"),
+    "--output": ("FILE", "write to FILE, which appears only when it is whole"),
+    "--null": ("TEXT", "how to print NULL (default: nothing)"),
+    "--no-header": ("", "leave out the line with the columns' names"),
+    "schema --format": ("|".join(FORMATS), "how to print (default: table)"),
+    "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
+}
+
+
+# ------------------------------------------------------------------------------------------- commands
 
 
 def insert_command(options: Options) -> None:
     """Store the JSON objects on standard input as rows, all of them or none."""
-    source = Input(sys.stdin, kept_places(options.path, options.skip_text))
+    source = StandardInput(sys.stdin, kept_places(options.path, options.skip_text), file_mode(options.path))
     try:
         source.read(options.skip_text)
-        rows = Rows(options.schema(), records(source.chunks(), options.skip_text), options.conflict)
-        PROGRESS.measure = lambda: (f"{rows.number:,} rows", source.done / (source.size or 1))
-        store(options.path, rows, options.timeout)
+        incoming = Counted(records(source.chunks(), options.skip_text))
+        PROGRESS.measure = lambda: (f"{incoming.count:,} rows", source.done / (source.size or 1))
+        store(options.path, options.schema(), incoming, options.conflict, options.timeout)
     except BaseException as error:
-        where = source.keep(getattr(error, "claim", None))
+        kept = source.keep(error.receipts if isinstance(error, CommitFailed) else ())
         if not isinstance(error, (Failure, OSError, MemoryError)):
-            report(where)
+            report(kept.note)
             raise  # a bug
         failure = as_failure(error, options.path)
-        if where.startswith("the input is kept"):
-            again = retry_line(options.name, options.flags, source.final)
-            where = f"{options.as_named(where)}; when that is mended, run: {again}"
-        raise Failure(f"{failure}; {where}" if where else str(failure), failure.status) from None
+        note = options.as_named(kept.note)
+        if kept.path:
+            note += f"; when that is fixed, run: {retry_line(options, kept.path)}"
+        raise Failure(f"{failure}; {note}" if source.size else str(failure), failure.status) from None
     source.discard()
+
+
+def retry_line(options: Options, kept: str) -> str:
+    """Return the command that stores what an insert kept in the file *kept*."""
+    # Away from the database, retry looks in the folder for temporary files, which may be another one by then.
+    where = "" if dirname(kept) == options.path + KEPT else f"TMPDIR={for_shell(dirname(kept))} "
+    given = []
+    for flag in ("--schema", "--table", "--on-conflict"):
+        if value := options.last(flag):
+            given += [flag, value]
+    words = [*given, "--", options.name] if options.name.startswith("-") else [options.name, *given]
+    return " ".join([f"{where}{script()} retry", *map(for_shell, words)])
 
 
 def insert_manual_command(options: Options) -> None:
     """Store one row, each column given as a flag."""
-    schema, own = options.schema(), flags_of("insert_manual")
+    schema, known = options.schema(), COMMANDS["insert_manual"].flags
     record: dict[str, Any] = {}
-    given = [(flag[2:], text) for flag, texts in options.flags.items() if flag not in own for text in texts]
+    given = [(flag[2:], text) for flag, texts in options.flags.items() if flag not in known for text in texts]
     for flag, text in [*given, *((name, None) for name in options.flags.get("--null", []))]:
         column = flag_column(schema, flag)
         if column.name in record:
             raise Failure(f"column {column.name} is given twice", USAGE)
         record[column.name] = fit(column, None) if text is None else fit_text(column, text)
-    store(options.path, Rows(schema, [record], options.conflict), options.timeout)
+    try:
+        check_names(schema, record)
+    except RecordRefused as refusal:
+        raise Failure(str(refusal), USAGE) from None
+    store(options.path, schema, [record], options.conflict, options.timeout)
 
 
 def flag_column(schema: Schema, flag: str) -> Column:
@@ -2158,13 +2286,10 @@ def query_command(options: Options) -> None:
         with SIGNALS:
             sql = sys.stdin.buffer.read().decode(errors="replace")
     parameters = {name: number_or_text(value) for name, value in options.pairs("--param").items()}
-
-    def print_rows(cursor: Cursor) -> None:
-        texts = formatted(names_of(cursor), batches(cursor), options.last("--format", "csv"), options.last("--null"),
-                          "--no-header" not in options.flags)
-        write_out(texts, output)
-
-    reading(options.path, lambda db: ask(db, sql, parameters, print_rows), options.timeout)
+    formatted = FORMATS[options.last("--format", "csv")]
+    with reading(options.path, options.timeout) as db, asking(db, sql, parameters) as cursor:
+        write_out(formatted(names_of(cursor), batches_of(cursor), options.last("--null"),
+                            "--no-header" not in options.flags), output)
 
 
 def is_file(stream: TextIO | None) -> bool:
@@ -2188,10 +2313,12 @@ def number_or_text(text: str) -> int | float | str:
 def retry_command(options: Options) -> int:
     """Store what insert had to keep aside; leave what still can't be stored, and say why."""
     schema = options.schema()
-    status = 0
-    files = kept_files(options.path)
-    if not files and not exists(options.path):
+    files, failures = kept_files(options.path)
+    if not files and not failures and not exists(options.path):
         raise Failure("there is no such file, and nothing is kept for it")
+    for failure in failures:
+        report(f"{options.name}: {options.as_named(str(failure))}")
+    status = REFUSED if failures else 0
     for path in files:
         SIGNALS.check()
         try:
@@ -2207,55 +2334,38 @@ def retry_command(options: Options) -> int:
 
 def retry_one(options: Options, schema: Schema, path: str) -> None:
     """Store one kept file exactly once, whatever becomes of this process or of another that retries it too."""
-
-    def is_stored(db: Connection) -> bool:
-        claim = read_claim(path)  # first: it goes after the file
-        return not exists(path) or (claim is not None and holds(db, schema, claim))
-
     try:
-        with open(path, "rb") as file:
-            skip_text = options.skip_text or path.endswith(TEXT_TOO)
-            rows = Rows(schema, records(pieces(file), skip_text), options.conflict)
-            store(options.path, rows, options.timeout, is_stored, lambda claim: write_claim(path, claim))
+        with open_kept(path) as file:
+            skip_text = options.skip_text or path.endswith(SKIP_TEXT_SUFFIX)
+            rows = fitted(schema, records(pieces(file), skip_text))
+            first = next(rows)  # before the lock is taken, since the record may be bad
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            with writing(options.path, schema, options.timeout) as db:
+                receipts = read_receipts(path, schema)
+                if exists(path):
+                    receipt = insert_records(db, schema, itertools.chain([first], rows), options.conflict, receipts)
+                    if receipt:
+                        write_receipts(path, [*receipts, receipt], mode)
+    except CannotTell as doubt:
+        sql, kept = for_shell(f"SELECT * FROM {quote(schema.table)}"), for_shell(options.as_named(path))
+        raise Failure(f"{doubt}; look: {script()} query {for_shell(options.name)} {sql} --format table; if they are"
+                      f" there, run: rm {kept} {kept}{RECEIPT}; if not: rm {kept}{RECEIPT} and retry again") from None
     except FileNotFoundError:  # another retry has stored it, or one that was stopped between the two removals
         if is_arriving(path):
             return
     remove(path)
-    remove(path + ".claim")
+    remove(path + RECEIPT)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(dirname(path)):  # what is left of a receipt that was being written
+            if name.startswith(f".{basename(path)}{RECEIPT}."):
+                remove(join(dirname(path), name))
 
 
 def is_arriving(path: str) -> bool:
-    """Tell whether an insert is keeping its input at *path*: its claim is there first."""
-    from glob import escape, glob
-
-    return bool(glob(escape(join(dirname(path), f".{basename(path)}.")) + "*.part")) or exists(path)
-
-
-def merge_command(options: Options) -> None:
-    """Add the rows of other files that this one does not have; print for each how many, and how many are known."""
-    schema, count = options.schema(), len(options.others)
-    for number, name in enumerate(options.others):
-        PROGRESS.measure = lambda number=number: (f"file {number + 1} of {count}", number / count)
-        try:
-            added, known, different = merge(options.path, name, schema, options.timeout)
-        except (Failure, OSError) as error:
-            failure = as_failure(error, name)
-            raise Failure(f"{name}: {failure}", failure.status) from None
-        write_out([f"{name}: {added} added, {known} known\n"])
-        if different:
-            report(f"{options.name}: {name}: {different} known rows have other values there; they were not taken over")
-
-
-def snapshot_command(options: Options) -> None:
-    """Make a consistent copy while others write; TARGET may end in .gz or .xz; - is standard output."""
-    snapshot(options.path, options.words[1], options.timeout)
-
-
-def migrate_command(options: Options) -> None:
-    """Bring a file to the columns of schema.sql; print what that takes."""
-    steps = migrate(options.path, options.schema(), options.flags.get("--drop", []), options.pairs("--fill"),
-                    options.timeout, "--dry-run" in options.flags)
-    write_out([f"{step}\n" for step in steps])
+    """Tell whether an insert is keeping its input at *path*: its receipt is there first."""
+    folder, name = os.path.split(path)
+    is_coming = any(other.startswith(f".{name}.") for other in os.listdir(folder))
+    return is_coming or exists(path)
 
 
 def schema_command(options: Options) -> None:
@@ -2267,178 +2377,42 @@ def schema_command(options: Options) -> None:
              " ".join((column.default or "").split()), said.get(column.name, "")] for column in schema.columns]
     if options.name:
         names.append("file")
-        found = reading(options.path, lambda db: columns_of(db, schema.table), options.timeout)
+        with reading(options.path, options.timeout) as db:
+            found = columns_of(db, schema.table)
         for row, column in zip(rows, schema.columns):
             there = found.pop(column.name).in_words() if column.name in found else "missing"
             row.append("same" if there == column.in_words() else there)
         for name, column in found.items():
             rows.append([name, "", "", "", "", f"only there: {column.in_words()}"])
-    write_out(formatted(names, [rows], options.last("--format", "table")))
+    write_out(FORMATS[options.last("--format", "table")](names, [rows], "", True))
 
 
-# ---------------------------------------------------------------------------------------- command line
-
-# flag, or command and flag: (what it takes, what it does)
-FLAGS = {
-    "--help": ("", "print this"),
-    "--schema": ("FILE", "what defines the columns (default: DBTOOL_SCHEMA, else schema.sql beside this script)"),
-    "--table": ("NAME", "which table of the schema (default: DBTOOL_TABLE, else its only one)"),
-    "--timeout": ("SECONDS", "how long to wait for a lock (default: 60)"),
-    "--on-conflict": ("fail|skip|replace", "what to do if a row with the key is there (default: fail)"),
-    "--skip-text": ("", "pass lines that are no JSON objects on to standard error"),
-    "--param": ("NAME=VALUE", "the value of :NAME: a number if Python prints it that way, else text; may be repeated"),
-    "--format": ("csv|tsv|json|jsonl|table", "how to print (default: csv)"),
-    "--output": ("FILE", "write to FILE, which appears only when it is whole"),
-    "--null": ("TEXT", "how to print NULL (default: nothing)"),
-    "--no-header": ("", "leave out the line with the columns' names"),
-    "--dry-run": ("", "print what would be done, and do nothing"),
-    "--drop": ("COLUMN", "drop COLUMN, which the schema no longer has; may be repeated"),
-    "--fill": ("COLUMN=VALUE", "what rows get in a new column, or instead of NULL; may be repeated"),
-    "schema --format": ("table|csv|tsv|json|jsonl", "how to print (default: table)"),
-    "insert_manual --null": ("COLUMN", "give COLUMN the value NULL; may be repeated"),
+COMMANDS = {
+    "insert": Command(insert_command, "DATABASE", "--schema --table --timeout --on-conflict --skip-text"),
+    "insert_manual": Command(insert_manual_command, "DATABASE", "--schema --table --timeout --null --on-conflict"),
+    "query": Command(query_command, "DATABASE SQL|-", "--timeout --param --format --output --null --no-header"),
+    "retry": Command(retry_command, "DATABASE", "--schema --table --timeout --skip-text --on-conflict"),
+    "schema": Command(schema_command, "[DATABASE]", "--schema --table --timeout --format"),
 }
-# name: (function, whose docstring --help shows, and which may return a status; words; flags besides the first four)
-COMMANDS: dict[str, tuple[Callable[[Options], int | None], str, str]] = {
-    "insert": (insert_command, "DATABASE", "--on-conflict --skip-text"),
-    "insert_manual": (insert_manual_command, "DATABASE", "--null --on-conflict"),
-    "query": (query_command, "DATABASE SQL|-", "--param --format --output --null --no-header"),
-    "retry": (retry_command, "DATABASE", "--skip-text --on-conflict"),
-    "merge": (merge_command, "DATABASE OTHER...", ""),
-    "snapshot": (snapshot_command, "DATABASE TARGET|-", ""),
-    "migrate": (migrate_command, "DATABASE", "--dry-run --drop --fill"),
-    "schema": (schema_command, "[DATABASE]", "--format"),
-}
+ELSEWHERE = dict.fromkeys(("merge", "snapshot", "migrate"), "dbadmin")
+PROGRAM = Program("dbtool", __doc__ or "", COMMANDS, FLAGS, ELSEWHERE)
 
 
-def flags_of(command: str) -> dict[str, tuple[str, str]]:
-    """Return what each flag of *command* takes and does."""
-    flags = ["--help", "--schema", "--table", "--timeout", *COMMANDS[command][2].split()]
-    return {flag: FLAGS.get(f"{command} {flag}") or FLAGS[flag] for flag in flags}
-
-
-def command_help(command: str, options: Options) -> str:
-    function, words, _ = COMMANDS[command]
-    flags = flags_of(command)
-    rows = [(f"{flag} {takes}", does) for flag, (takes, does) in flags.items()]
-    if command == "insert_manual":
-        schema = options.schema()
-        said = descriptions(schema)
-        for column in schema.columns:
-            if not column.generated:
-                flag = f"--{'column.' * (f'--{column.name}' in flags)}{column.name}"
-                kind = f"{column.type or 'anything'}{', needed' * column.needed}"
-                rows.append((f"{shown(flag) if ' ' in flag else flag} {kind}", said.get(column.name, "")))
-    width = max(len(left) for left, _ in rows if len(left) <= 40)
-    lines = [f"  {left:{width}}  {right}".rstrip() for left, right in rows]
-    return "\n".join([f"usage: dbtool.py {command} {words} [FLAG]...", "", function.__doc__ or "", "", *lines, ""])
-
-
-def parse(command: str, arguments: list[str]) -> Options:
-    """Return what the words after *command* say; raise Failure with status 2 if they are wrong."""
-    known = flags_of(command)
-    flags: dict[str, list[str]] = {}
-    words: list[str] = []
-    value: str | None
-    left = iter(arguments)
-    for word in left:
-        flag, equals, value = word.partition("=")
-        if word == "--":
-            words += left
-        elif word == "-" or word[:1] != "-" or (command == "query" and " " in flag):
-            words.append(word)
-        else:
-            flag = "--help" if flag == "-h" else flag
-            if flag not in known and not (command == "insert_manual" and flag[:2] == "--"):
-                raise Failure(f"unknown flag {flag}{nearest(flag, known)}", USAGE)
-            takes, _ = known.get(flag, ("VALUE", ""))
-            if takes and not equals:
-                value = next(left, None)
-            if value is None or (equals and not takes):
-                raise Failure(f"{flag} takes {f'a value: {takes}' if takes else 'no value'}", USAGE)
-            if ("|" in takes and value not in takes.split("|")) or ("=" in takes and "=" not in value[1:]):
-                raise Failure(f"{flag} takes {takes}, not {shown(value)}", USAGE)
-            flags.setdefault(flag, []).append(value)
-    if "--help" not in flags:
-        check_words(command, words)
-    return Options(words, flags)
-
-
-def check_words(command: str, words: list[str]) -> None:
-    usage = COMMANDS[command][1]
-    if words[:1] == [""]:
-        raise Failure("the DATABASE has no name", USAGE)
-    needed = usage.count(" ") + 1
-    if (len(words) < needed and usage[0] != "[") or (len(words) > needed and usage[-1] != "."):
-        hint = (f"it reads standard input: < {words[-1]}" if command == "insert" and words else
-                f"see: python3 dbtool.py {command} --help")
-        raise Failure(f"takes {usage}, got {' '.join(map(shown, words)) or 'nothing'}; {hint}", USAGE)
-
-
-def keep_unread(arguments: list[str]) -> str:
-    """Keep what insert would have read, had its command line been right; return where that is."""
-    words: list[str] = []
-    doubtful: list[str] = []  # may belong to a misspelt flag
-    flags: dict[str, list[str]] = {}
-    left = iter(arguments[1:] if arguments[0][:1] != "-" else arguments)
-    place = words  # for the next word
-    for word in left:
-        flag, equals, value = word.partition("=")
-        takes = FLAGS.get(flag, ("", ""))[0]
-        if word == "--":
-            words += left
-        elif flag in FLAGS:
-            value = value if equals or not takes else next(left, "")
-            if "|" not in takes or value in takes.split("|"):
-                flags[flag] = [value]
-        elif word[:1] == "-":
-            place = words if equals else doubtful
-        elif word and word not in COMMANDS:
-            place.append(word)
-            place = words
-    name = [*words, *doubtful, ""][0]
-    try:
-        path = realpath(name) if name else ""
-    except OSError:  # the working directory is gone
-        name = path = ""
-    source = Input(sys.stdin, kept_places(path, "--skip-text" in flags))
-    where = "" if source.is_file or not sys.stdin or sys.stdin.isatty() else source.keep()
-    if not where.startswith("the input is kept"):
-        return where
-    again = retry_line(name, flags, source.final) if name else "python3 dbtool.py insert DATABASE < THAT-FILE"
-    return f"{where}; run: {again}"
+def keep_unread(arguments: Sequence[str]) -> None:
+    """Keep what insert would have read, had its command line been right."""
+    if "insert" not in arguments and closest((arguments or [""])[0], COMMANDS) != "insert":
+        return
+    source = StandardInput(sys.stdin, kept_places(""))
+    if sys.stdin and not source.is_file and not sys.stdin.isatty():
+        kept = source.keep()
+        if source.size:
+            again = f"; run: {script()} insert DATABASE < {for_shell(kept.path)}" if kept.path else ""
+            report(kept.note + again)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default that of this process; return the exit status."""
-    PROGRESS.begin()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command, where = (arguments or [""])[0], ""
-    options: Options | None = None
-    try:
-        if command in ("-h", "--help"):
-            write_out([__doc__ or ""])
-        elif command == "--version":
-            write_out([f"dbtool {__version__}\n"])
-        elif command not in COMMANDS:
-            raise Failure(f"{f'unknown command {command}' if command else 'no command'}{nearest(command, COMMANDS)};"
-                          f" there are {', '.join(COMMANDS)} (see --help)", USAGE)
-        else:
-            where = f"{command}: "
-            options = parse(command, arguments[1:])
-            where = f"{options.name or command}: "
-            if "--help" in options.flags:
-                write_out([command_help(command, options)])
-            else:
-                return COMMANDS[command][0](options) or 0
-    except BrokenPipeError:  # `query … | head`: the rest is not wanted
-        pass
-    except (Failure, OSError, MemoryError) as error:
-        failure = as_failure(error, "")
-        report(f"{where}{failure}")
-        if not options and ("insert" in arguments or '"insert"' in nearest(command, COMMANDS)):
-            report(keep_unread(arguments))
-        return failure.status
-    return 0
+    return PROGRAM.run(list(sys.argv[1:] if argv is None else argv), if_misused=keep_unread)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,20 @@ or the file is in use by another sweep: run it again.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # the C half, which loads no other module
-
-if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # no traceback while dbtool loads
-
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while dbtool loads
 
 try:
     import dbtool
-except ModuleNotFoundError as error:
-    if error.name != "dbtool":
-        raise
-    raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py") from None
+except ImportError as missing:
+    is_lost = missing.name == "dbtool"
+    raise SystemExit("sweep: dbtool.py is missing; copy it to the folder of sweep.py" if is_lost else
+                     f"sweep: {missing}: this Python can't be used") from None
 
 if __name__ == "__main__":  # now, as the other modules take a while
-    dbtool.STOPPING[signal.SIGUSR1] = "SIGUSR1"
-    dbtool.SIGNALS.install()
+    dbtool.SIGNALS.install((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
 
 import argparse
 import collections
@@ -53,13 +50,14 @@ import re
 import resource
 import shlex
 import sqlite3
+import stat
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
-from dbtool import Column, Failure, Misfit, Schema, quote, shown
+from dbtool import Column, Failure, NoRecord, RecordRefused, Schema, quote, shown
 
 GRACE_S = 10.0  # how long running jobs may go on after a signal, unless --grace says otherwise
 KILL_GRACE_S = 5.0  # how long a job that was told to end may take
@@ -76,12 +74,12 @@ LAUNCHERS = ("srun: ", "slurmstepd: ")  # what they say of a job that failed sta
 NO_RESULT = "it printed no JSON object"
 NO_OBJECT = "holds no JSON object; write one for each combination of parameters"
 STOPPED = "ended, since the sweep was stopped"
-STOPPING = {**dbtool.STOPPING, signal.SIGUSR1: "SIGUSR1"}  # Slurm can send the last before its time limit
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm can send the last before its limit
 TOKEN = "DBTOOL_SWEEP"  # an environment variable by which a sweep knows the processes that descend from it
 
 
 def say(message: str) -> None:
-    dbtool.complain(f"sweep: {' '.join(message.splitlines())}\n")
+    dbtool.complain(f"sweep: {dbtool.one_line(message)}\n")
 
 
 # ------------------------------------------------------------------------------------------------ plan
@@ -122,8 +120,8 @@ def axis_of_flag(schema: Schema, flag: str) -> Axis:
     column = settable(schema, name.replace("-", "_") if name not in schema.by_name else name, "-p")
     try:
         return Axis([column], {(dbtool.fit_text(column, text),): None for text in expanded(values)})
-    except Misfit as misfit:
-        raise Failure(f"-p {flag}: {misfit}", dbtool.USAGE) from None
+    except RecordRefused as refusal:
+        raise Failure(f"-p {flag}: {refusal}", dbtool.USAGE) from None
 
 
 def settable(schema: Schema, name: str, where: str) -> Column:
@@ -137,29 +135,32 @@ def settable(schema: Schema, name: str, where: str) -> Column:
 
 def expanded(values: str) -> Iterator[str]:
     """Yield the texts that VALUES means: separated by commas, and START..END or START..END..STEP inclusive."""
-    for part in values.split(","):
-        if not part:
-            raise Misfit("an empty value; give such a one with --params")
+    for item in values.split(","):
+        if not item:
+            raise RecordRefused("an empty value; give such a one with --params")
         try:
-            numbers = [decimal.Decimal(text) for text in part.split("..")]
+            numbers = [decimal.Decimal(text) for text in item.split("..")]
         except decimal.InvalidOperation:
             numbers = []
         if len(numbers) not in (2, 3) or not all(number.is_finite() for number in numbers):
-            yield part
+            yield item
             continue
         start, end, step = (*numbers, decimal.Decimal(1))[:3]
         try:
-            # No column holds numbers beyond 1e308, and PyPy's decimal fails on much larger ones.
             steps = (end - start) / step if end.adjusted() < 400 else decimal.Decimal(MOST)
         except decimal.DecimalException:
             steps = decimal.Decimal(-1)
         if len(numbers) == 2 and steps != int(steps):
-            raise Misfit(f"the range {part} needs a step: START..END..STEP")
+            raise RecordRefused(f"the range {item} needs a step: START..END..STEP")
         if steps < 0:
-            raise Misfit(f"the range {part} never reaches its end; write START..END..STEP")
+            raise RecordRefused(f"the range {item} never reaches its end; write START..END..STEP")
         if steps >= MOST:
-            raise Misfit(f"the range {part} has more than {MOST:,} values")
+            raise RecordRefused(f"the range {item} has more than {MOST:,} values")
         yield from (f"{start + i * step:f}" for i in range(int(steps) + 1))
+
+
+class ParamsRefused(Failure):
+    """What is wrong with a record of --params."""
 
 
 def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], default: int = 1) -> Axis:
@@ -174,22 +175,22 @@ def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], defaul
         parameters = dict(record)
         samples = default if "samples" in schema.by_name else parameters.pop("samples", default)
         if type(samples) is not int or not 1 <= samples <= MOST:
-            raise Failure(f"{where}: samples takes an integer from 1 to {MOST:,}, not {shown(samples)}")
+            raise ParamsRefused(f"{where}: samples takes an integer from 1 to {MOST:,}, not {shown(samples)}")
         if number == 1:
             columns = [settable(schema, name, where) for name in parameters]
         if set(parameters) != {column.name for column in columns}:
             for name in parameters:
                 settable(schema, name, where)
             keys = f"the keys {', '.join(parameters)}" if parameters else "no keys"
-            raise Failure(f"{where}: has {keys}, but the first has"
+            raise ParamsRefused(f"{where}: has {keys}, but the first has"
                           f" {', '.join(column.name for column in columns) or 'none'}")
         try:
             key = tuple(typed(column, parameters[column.name]) for column in columns)
-        except Misfit as misfit:
-            raise Failure(f"{where}: {misfit}") from None
+        except RecordRefused as refusal:
+            raise ParamsRefused(f"{where}: {refusal}") from None
         rows[key] = max(samples, rows.get(key) or 0)
     if not rows:
-        raise Failure(NO_OBJECT)
+        raise NoRecord(NO_OBJECT)
     return Axis(columns, rows)
 
 
@@ -218,6 +219,7 @@ class Plan:
         if sys.version_info >= (3, 12):  # else a misspelt name in double quotes is a string
             db.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, False)  # novm
         db.execute("PRAGMA temp_store = MEMORY")
+        db.text_factory = str
         dbtool.begin_to_read(db, dbtool.LOCK_TIMEOUT_S)
         db.execute("ATTACH ':memory:' AS plan")
         self.want(axes, samples, where)
@@ -322,20 +324,17 @@ def missing_numbers(wanted: int, rows: int, numbers: str | None) -> list[int]:
     return free[rows - len(known):]
 
 
-def planned(path: str, schema: Schema, axes: Sequence[Axis], samples: int, where: str,
-            use: Callable[[Plan], Any]) -> Any:
-    """Return use(plan), with the plan made in a connection that can't change the results file at *path*."""
-
-    def work(db: sqlite3.Connection) -> Any:
-        result = use(Plan(db, schema, axes, samples, where))
-        dbtool.SIGNALS.check()
-        return result
-
+@contextlib.contextmanager
+def planning(path: str, schema: Schema, axes: Sequence[Axis], samples: int, where: str) -> Iterator[Plan]:
+    """Give a plan, in a connection that can't change the results file at *path*."""
     try:
-        if os.path.exists(path):
-            return dbtool.reading(path, work, guarded=False)
-        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-            return work(db)
+        with contextlib.ExitStack() as stack:
+            if os.path.exists(path):
+                db = stack.enter_context(dbtool.reading(path, guarded=False))
+            else:
+                db = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
+            yield Plan(db, schema, axes, samples, where)
+            dbtool.SIGNALS.check()
     except sqlite3.Error as error:
         dbtool.SIGNALS.check()
         raise dbtool.as_failure(error, path) from None
@@ -451,16 +450,16 @@ def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
 # ------------------------------------------------------------------------------------------------- run
 
 
-class Output(dbtool.Input):
+class Output(dbtool.Spool):
     """What a job has printed on one pipe: a little in memory, more of it in a temporary file, if there is room."""
 
-    def __init__(self, pipe: int) -> None:
+    def __init__(self) -> None:
         import tempfile
 
         places = []
         with contextlib.suppress(OSError):  # no folder takes temporary files
-            places = [os.path.join(tempfile.gettempdir(), f"sweep-{os.getpid()}-{pipe}")]
-        super().__init__(None, iter(places))
+            places = [os.path.join(tempfile.gettempdir(), "sweep-output")]
+        super().__init__(places, 0o600)
 
 
 class Job:
@@ -487,7 +486,7 @@ class Job:
         try:
             for _ in range(2):
                 reader, writer = os.pipe()
-                self.printed[reader] = Output(reader)
+                self.printed[reader] = Output()
                 ends.append(writer)
             if folder:
                 os.makedirs(folder, exist_ok=True)
@@ -550,34 +549,35 @@ class Job:
         return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
 
     def take_result(self, schema: Schema) -> None:
-        """Take the records that the job printed, and complete them; raise Misfit if it failed."""
+        """Take the records that the job printed, and complete them; raise RecordRefused if it failed."""
         if self.why_ended and (self.status or self.why_ended != STOPPED):
-            raise Misfit(self.why_ended)
+            raise RecordRefused(self.why_ended)
         if self.status:
             how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
-            raise Misfit(how + self.last_words())
+            raise RecordRefused(how + self.last_words())
         try:
             found = list(dbtool.records(self.output(0), skip_text=True))
+        except NoRecord:
+            raise RecordRefused(NO_RESULT) from None
         except Failure as failure:
-            raise Misfit(NO_RESULT if str(failure).startswith("no JSON") else f"its output: {failure}") from None
+            raise RecordRefused(f"its output: {failure}") from None
         except OSError as error:
-            raise Misfit(f"its output can't be read: {error.strerror}") from None
+            raise RecordRefused(f"its output can't be read: {error.strerror}") from None
         self.records = [self.complete(record, schema) for record in found]
-        for _ in dbtool.Rows(schema, self.records, "fail").pairs:
+        for _ in dbtool.fitted(schema, self.records):
             pass
 
-    def why_refused(self, misfit: Misfit) -> str:
+    def why_refused(self, refusal: RecordRefused) -> str:
         """Return what insert says of a record, without what only makes sense there."""
-        why = str(misfit).partition(" (--on-conflict")[0]
-        return why.replace("record 1: ", "", 1) if len(self.records) == 1 else why
+        return f"record {refusal.number}: {refusal.why}" if refusal.number and len(self.records) > 1 else refusal.why
 
     def complete(self, record: dict[str, Any], schema: Schema) -> dict[str, Any]:
-        """Fill in what the job left out; raise Misfit if it says that it ran with other parameters."""
+        """Fill in what the job left out; raise RecordRefused if it says that it ran with other parameters."""
         for name, wanted in self.run.parameters.items():
             said = typed(schema.by_name[name], record.setdefault(name, wanted))
             if said != wanted:
                 wanted, said = ("null" if value is None else as_word(value) for value in (wanted, said))
-                raise Misfit(f"it was to run with {name} {wanted}, but its result says {said};"
+                raise RecordRefused(f"it was to run with {name} {wanted}, but its result says {said};"
                               " is the parameter passed on, and printed as given?")
             record[name] = wanted
         if "metadata" in schema.by_name:
@@ -606,22 +606,23 @@ class Pool:
 
     def start(self, job: Job, folder: str | None) -> None:
         job.start(folder)
-        self.guard.watch(job.process.pid)
         self.running[job.process.pid] = job
+        self.guard.watch(job.process.pid)
         job.deadline = time.monotonic() + self.timeout
         for pipe in job.printed:
             self.selector.register(pipe, self.is_readable, job)
 
     def wake(self) -> None:
         """End a wait from another thread."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # it is full; or it fails, and the wait ends by itself soon
             os.write(self.waker, b".")
 
     def wait(self, seconds: float) -> Iterator[Job]:
         """Wait until something happens; yield the jobs that have ended."""
         for key, _ in self.selector.select(seconds):
             if key.fd == self.woken:
-                os.read(self.woken, PIPE_BYTES)
+                with contextlib.suppress(OSError):
+                    os.read(self.woken, PIPE_BYTES)
             elif not key.data.read(key.fd):
                 self.selector.unregister(key.fd)
         while self.running:
@@ -719,7 +720,7 @@ class Guard:
         self.tell(f"-{group}\n")
 
     def tell(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # somebody killed it; the jobs are no worse off
+        with contextlib.suppress(OSError):  # somebody killed it; the jobs are no worse off
             os.write(self.writer, line.encode())
 
     def close(self) -> None:
@@ -767,7 +768,7 @@ class Writer:
         self.give_up = threading.Event()
         self.outcomes: collections.deque[tuple[Job, Failure | None]] = collections.deque()
         self.trouble: Failure | None = None
-        self.kept: list[tuple[Failure, str]] = []
+        self.kept: list[tuple[Failure, dbtool.Kept]] = []
         self.crash: BaseException | None = None
 
     def put(self, job: Job) -> None:
@@ -793,7 +794,7 @@ class Writer:
                 self.store(batch)
             except BaseException as error:  # a bug; the main thread shows it
                 self.crash = error
-                self.keep([record for job in batch for record in job.records], None, Failure("an error in the program"))
+                self.keep([record for job in batch for record in job.records], [], Failure("an error in the program"))
             self.wake()
             if self.crash:
                 return
@@ -801,18 +802,13 @@ class Writer:
 
     def store(self, batch: list[Job]) -> None:
         """Store the results of all jobs of a batch; if one is refused, each by itself."""
-        claim: dbtool.Claim | None = None
-        records = [record for job in batch for record in job.records]
-
-        def is_stored(db: sqlite3.Connection) -> bool:
-            return claim is not None and dbtool.holds(db, self.schema, claim)
-
+        receipts: list[dbtool.Receipt] = []  # of COMMITs that failed: one may have happened all the same
         outcome: Failure | None
         while True:
             try:
-                dbtool.store(self.path, dbtool.Rows(self.schema, records, "fail"), STORE_TRY_S, is_stored)
+                self.store_once([record for job in batch for record in job.records], receipts)
                 outcome = self.trouble = None
-            except Misfit as refusal:
+            except RecordRefused as refusal:
                 outcome = refusal
                 if len(batch) > 1:
                     for job in batch:
@@ -820,33 +816,50 @@ class Writer:
                     return
             except Failure as trouble:
                 outcome = self.trouble = trouble
-                claim = trouble.claim or claim
                 self.wake()
                 if trouble.status == dbtool.TRY_AGAIN and not self.give_up.wait(STORE_TRY_S):
                     continue
-                self.keep(records, claim, trouble)
+                self.keep([record for job in batch for record in job.records], receipts, trouble)
             self.outcomes += [(job, outcome) for job in batch]
             return
 
-    def keep(self, records: list[dict[str, Any]], claim: dbtool.Claim | None, why: Failure) -> None:
+    def store_once(self, records: list[dict[str, Any]], receipts: list[dbtool.Receipt]) -> None:
+        """Store *records* in one transaction, unless one of the *receipts* tells that they are; add its receipt if
+        COMMIT fails."""
+        receipt = None
+        # Without a key, equal rows must tell; should they be another's, the next plan finds this run missing.
+        receipts_here = [{**old, "told_by": "values"} if old["told_by"] == "nothing" else old for old in receipts]
+        try:
+            with dbtool.writing(self.path, self.schema, STORE_TRY_S) as db:
+                receipt = dbtool.insert_records(db, self.schema, dbtool.fitted(self.schema, records), "fail",
+                                                receipts_here)
+        except dbtool.CommitFailed:
+            if receipt:
+                receipts.append(receipt)
+            raise
+
+    def keep(self, records: list[dict[str, Any]], receipts: list[dbtool.Receipt], why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
-        source = dbtool.Input(None, dbtool.kept_places(self.path))
-        source.add("".join(as_lines(records)).encode())
-        self.kept.append((why, source.keep(claim)))
+        spool = dbtool.Spool(dbtool.kept_places(self.path), dbtool.file_mode(self.path))
+        spool.add("".join(as_lines(records)).encode())
+        self.kept.append((why, spool.keep(receipts)))
 
 
 def as_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return *records* as JSON Lines that insert reads."""
-    return [json.dumps(record, default=dbtool.hexed) + "\n" for record in records]
+    return [json.dumps(record, default=dbtool.blob_as_json) + "\n" for record in records]
+
+
+LOCK = "-sweep.lock"  # what the name of a lock adds to that of the results file
 
 
 class Lock:
     """The file beside the results file that says which sweep is at work there."""
 
     def __init__(self, path: str) -> None:
-        self.path = path + "-sweep.lock"
+        self.path = path + LOCK
         while True:
-            self.file = open(self.path, "a+", encoding="utf-8")
+            self.file = self.opened()
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -863,6 +876,23 @@ class Lock:
             self.file.truncate(0)
             holder = f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
             os.write(self.file.fileno(), holder.encode())  # past the buffer, which would fail again when it is closed
+
+    def opened(self) -> TextIO:
+        """Open the file; raise Failure if something else is in its place."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self.path, flags, dbtool.file_mode(self.path.removesuffix(LOCK)))
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise self.no_file() from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise self.no_file()
+        return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+    def no_file(self) -> Failure:
+        return Failure(f"{self.path} is no regular file, as the lock of a sweep is; look at it, and move it away")
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
@@ -913,7 +943,8 @@ class Sweep:
         """Raise Failure if results could not be stored, before hours are spent on them. A lock may go away."""
         nothing = f"DELETE FROM {quote(self.schema.table)} WHERE 0"
         try:
-            dbtool.writing(self.path, self.schema, lambda db: db.execute(nothing).fetchone(), 0.0)
+            with dbtool.writing(self.path, self.schema, 0.0) as db:
+                db.execute(nothing)
         except Failure as failure:
             if failure.status != dbtool.TRY_AGAIN:
                 raise
@@ -971,8 +1002,8 @@ class Sweep:
         """Take the result of a job that has ended."""
         try:
             job.take_result(self.schema)
-        except Misfit as misfit:
-            self.failed(job, job.why_refused(misfit))
+        except RecordRefused as refusal:
+            self.failed(job, job.why_refused(refusal))
         else:
             self.writing += 1
             self.writer.put(job)
@@ -984,7 +1015,7 @@ class Sweep:
             with contextlib.suppress(OSError):
                 os.unlink(self.log_path(job.run))  # of an earlier failure
             job.close()
-        elif isinstance(refusal, Misfit):
+        elif isinstance(refusal, RecordRefused):
             self.failed(job, job.why_refused(refusal))
         else:
             job.close()
@@ -1014,7 +1045,7 @@ class Sweep:
         """Do what signals ask for, and give up on a file that can't be written when all else is done."""
         now = time.monotonic()
         if self.signals and not self.stop_reason.startswith("SIG"):
-            self.stop_reason, self.stop_at = STOPPING[self.signals[0]], now
+            self.stop_reason, self.stop_at = dbtool.signal_name(self.signals[0]), now
             if self.pool.running:
                 self.progress.say(f"{self.stop_reason}: waiting {self.options.grace:g} s for {len(self.pool.running)}"
                                   " running jobs; a second signal ends them now")
@@ -1062,8 +1093,8 @@ class Sweep:
         if not self.options.logs:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs)  # if it is empty now
-        for why, where in self.writer.kept:
-            say(f"{self.name}: {why}; {where}")
+        for why, kept in self.writer.kept:
+            say(f"{self.name}: {why}; {kept.note}")
         for run, reason, log in self.failures[:FAILURES_NAMED]:
             say(f"{self.name}: {run}: {reason}; see {os.path.relpath(log)}")
         more = len(self.failures) - FAILURES_NAMED
@@ -1109,8 +1140,8 @@ class Progress(dbtool.Progress):
     def update(self) -> None:
         trouble = self.sweep.writer.trouble
         if trouble and trouble.status == dbtool.TRY_AGAIN and not self.is_in_trouble:
-            why = str(trouble).partition(";")[0]
-            self.say(f"{self.sweep.name}: {why}; the jobs go on, and results wait in memory until it can be written")
+            self.say(f"{self.sweep.name}: {trouble.why}; the jobs go on, and results wait in memory until it can be"
+                     " written")
         self.is_in_trouble = trouble is not None
         now = time.monotonic()
         if now < self.next:
@@ -1156,20 +1187,27 @@ def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) 
 def counted(plan: Plan) -> list[str]:
     """Return how many runs are wanted, stored and missing, as a table."""
     names = ["parameter", "value", "wanted", "stored", "missing"]
-    return list(dbtool.formatted(names, [plan.counts()], "table"))
+    return list(dbtool.FORMATS["table"](names, [plan.counts()], "", True))
 
 
 # ---------------------------------------------------------------------------------------- command line
 
 
+SEE_HELP = "see: python3 sweep.py --help"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = ""
-        if message.startswith("unrecognized arguments: "):
-            word = message.split()[2]
-            meant = dbtool.nearest(word, re.findall(r"--[a-z-]+", self.format_help())) if word[:2] == "--" else ""
-            hint = meant or "; the command stands after --"
-        raise Failure(f"{message}{hint}; see: python3 sweep.py --help", dbtool.USAGE)
+        raise Failure(f"{message}; {SEE_HELP}", dbtool.USAGE)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            meant = dbtool.nearest(unknown[0], flags) if unknown[0][:2] == "--" else ""
+            raise Failure(f"unrecognized arguments: {' '.join(unknown)}{meant or '; the command stands after --'};"
+                          f" {SEE_HELP}", dbtool.USAGE)
+        return options
 
 
 def parser() -> Parser:
@@ -1241,11 +1279,12 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
             file = sys.stdin.buffer if options.params == "-" else stack.enter_context(open(options.params, "rb"))
             try:
                 axes.append(axis_of_records(schema, dbtool.records(dbtool.pieces(file)), options.samples))
+            except NoRecord:
+                raise Failure(f"--params {options.params}: {NO_OBJECT}") from None
+            except ParamsRefused:
+                raise
             except Failure as failure:
-                text = str(failure).partition("; insert --skip-text")[0]
-                text = NO_OBJECT if text.startswith("no JSON") else text
-                raise Failure(text if text.startswith("--params") else f"--params {options.params}: {text}",
-                              failure.status) from None
+                raise Failure(f"--params {options.params}: {failure.why}", failure.status) from None
     names = names_of(axes)
     for name in names:
         if names.count(name) > 1:
@@ -1253,20 +1292,20 @@ def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
     return axes
 
 
-def run_missing(path: str, schema: Schema, command: Command, options: argparse.Namespace,
-                from_plan: Callable[[Callable[[Plan], Any]], Any]) -> int:
+def run_missing(path: str, schema: Schema, command: Command, axes: Sequence[Axis],
+                options: argparse.Namespace) -> int:
     """Store what was kept earlier, then run what the plan still lacks, as the one sweep at work; return the status."""
     name = options.database
     lock = Lock(path)
     try:
-        if dbtool.kept_files(path):
+        if any(dbtool.kept_files(path)):
             status = dbtool.main(["retry", name, *schema_flags(options)])
             if status >= dbtool.TRY_AGAIN:
                 return dbtool.TRY_AGAIN
             if status:
                 say(f"{name}: the runs of what is still kept count as missing")
-        runs, combinations, unnumbered = from_plan(
-            lambda plan: (plan.missing(options.order), plan.combinations(), plan.unnumbered()))
+        with planning(path, schema, axes, options.samples, options.where) as plan:
+            runs, combinations, unnumbered = plan.missing(options.order), plan.combinations(), plan.unnumbered()
         if not runs:
             say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
             return 0
@@ -1290,18 +1329,14 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     if words or options.call:
         command.check(schema, axes)
 
-    def from_plan(use: Callable[[Plan], Any]) -> Any:
-        return planned(path, schema, axes, options.samples, options.where, use)
-
-    if options.dry_run:
-        dbtool.write_out(from_plan(counted))
-        return 0
-    if options.list:
-        dbtool.write_out(shell_lines(from_plan(lambda plan: plan.missing(options.order)), command, options))
+    if options.dry_run or options.list:
+        with planning(path, schema, axes, options.samples, options.where) as plan:
+            lines = counted(plan) if options.dry_run else shell_lines(plan.missing(options.order), command, options)
+        dbtool.write_out(lines)
         return 0
     if not os.path.isdir(os.path.dirname(path)):
         raise Failure(f"there is no folder {os.path.dirname(path)}; make it first")
-    return run_missing(path, schema, command, options, from_plan)
+    return run_missing(path, schema, command, axes, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1311,10 +1346,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = ""
     try:
         split = arguments.index("--") if "--" in arguments else len(arguments)
-        options = parser().parse_args(arguments[:split])
+        options = parser().parse(arguments[:split])
         if not options.database:
             raise Failure("the DATABASE has no name", dbtool.USAGE)
-        options.again = shlex.join(["python3", sys.argv[0] if argv is None else "sweep.py", *arguments])
+        words = ["python3", sys.argv[0] if argv is None else "sweep.py", *arguments]
+        options.again = " ".join(map(dbtool.for_shell, words))
         if options.params == "-":
             options.again = f"… | {options.again}"
         where = f"{options.database}: "

@@ -19,10 +19,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import dbadmin  # noqa: E402
 import dbtool  # noqa: E402
 import sweep  # noqa: E402
 
 DBTOOL = str(ROOT / "dbtool.py")
+DBADMIN = str(ROOT / "dbadmin.py")
 SWEEP = str(ROOT / "sweep.py")
 RECORD = json.loads((ROOT / "examples" / "result.json").read_text())
 
@@ -70,15 +72,16 @@ def db_path(tmp_path):
 def call(monkeypatch, capfdbinary):
     """Call main() in this process: call(*arguments, stdin=bytes) -> Result."""
 
-    def run(*arguments, stdin=b"", main=dbtool.main):
+    def run(*arguments, stdin=b"", main=None):
         stdin = stdin if isinstance(stdin, bytes) else json.dumps(stdin).encode()
         file = tempfile.TemporaryFile()
         file.write(stdin)
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capfdbinary.readouterr()
+        main = main or (dbadmin.main if arguments[:1] and arguments[0] in dbadmin.COMMANDS else dbtool.main)
         status = main([str(argument) for argument in arguments])
-        file.close()  # PyPy would do it late
+        file.close()
         sys.stdout.flush()
         return Result(status, *capfdbinary.readouterr())
 
@@ -104,7 +107,7 @@ def expect_failure(call):
     def run(*arguments, stdin=b"", status=1):
         result = call(*arguments, stdin=stdin)
         assert (result.status, result.out) == (status, ""), result.err
-        assert result.err.startswith("dbtool: ") and result.err.count("\n") == 1, result.err
+        assert result.err.startswith(("dbtool: ", "dbadmin: ")) and result.err.count("\n") == 1, result.err
         return result.err
 
     return run
@@ -128,9 +131,14 @@ def rows(expect_success):
     return ask
 
 
+def script_of(command) -> str:
+    """Return the path of the script that has a command."""
+    return DBADMIN if command in dbadmin.COMMANDS else DBTOOL
+
+
 def process(*arguments, stdin=b"", **options):
-    """Run dbtool.py as a real process; return the finished process, its output as bytes."""
-    return subprocess.run([sys.executable, DBTOOL, *map(str, arguments)], input=stdin, capture_output=True,
+    """Run a command as a real process; return the finished process, its output as bytes."""
+    return subprocess.run([sys.executable, script_of(arguments[0]), *map(str, arguments)], input=stdin, capture_output=True,
                           timeout=120, check=False, **options)
 
 
@@ -170,7 +178,7 @@ def peak_memory(*arguments, stdin=None) -> int:
 
     A small process in between starts it, since Linux counts what the parent had at the fork.
     """
-    done = subprocess.run([sys.executable, "-c", PEAK, sys.executable, DBTOOL, *map(str, arguments)], stdin=stdin,
+    done = subprocess.run([sys.executable, "-c", PEAK, sys.executable, script_of(arguments[0]), *map(str, arguments)], stdin=stdin,
                           stderr=subprocess.PIPE, check=True, text=True)
     status, peak = done.stderr.split()
     assert status == "0", done.stderr

@@ -238,7 +238,7 @@ def test_insert_manual(expect_success, rows, db_path, hyphens):
 
 
 def test_insert_manual_names_all_missing_columns(expect_failure, db_path):
-    message = expect_failure("insert_manual", db_path, "--author", "Philip", "--epochs=3")
+    message = expect_failure("insert_manual", db_path, "--author", "Philip", "--epochs=3", status=2)
     assert ("column algorithm, activation, dataset, forecast_length, prediction_gap, training_window_length,"
             " sample_window_length, layers, rmse_global missing") in message
 
@@ -277,13 +277,16 @@ def test_insert_manual_unknown_column(expect_failure, db_path):
     (["query", "x.db"], "query: takes DATABASE SQL|-"),
     (["query", "x.db", "SELECT 1", "more"], "query: takes DATABASE SQL|-"),
     (["query", "x.db", "SELECT 1", "--form", "csv"], "query: unknown flag --form; did you mean"),
-    (["query", "x.db", "SELECT 1", "--format", "xml"], "query: --format takes csv|tsv|json|jsonl|table"),
+    (["query", "x.db", "SELECT 1", "--format", "xml"], "query: --format takes csv|tsv|json|jsonl|table|markdown"),
     (["query", "x.db", "SELECT 1", "--format"], "query: --format takes a value"),
     (["query", "x.db", "SELECT 1", "--no-header=1"], "query: --no-header takes no value"),
     (["query", "x.db", "SELECT 1", "--param", "x"], "query: --param takes NAME=VALUE"),
     (["query", "x.db", "SELECT 1", "--timeout", "soon"], "query: --timeout takes seconds"),
     (["query", "x.db", "SELECT 1", "--timeout", "-1"], "query: --timeout takes seconds"),
+    (["query", "x.db", "SELECT 1", "--schema", "s.sql"], "query: unknown flag --schema"),
     (["retry"], "retry: takes DATABASE"),
+    (["merge", "x.db"], "merge: takes DATABASE OTHER..."),
+    (["snapshot", "x.db", "y.db", "--table", "t"], "snapshot: unknown flag --table"),
 ])
 def test_wrong_usage(expect_failure, arguments, said):
     assert said in expect_failure(*arguments, status=2)
@@ -295,30 +298,21 @@ def test_help(expect_success, arguments):
     assert "dbtool" in expect_success(*arguments)
 
 
-def test_wrong_usage_of_insert_loses_nothing(tmp_path):
-    done = process("insert", "results.db", "--bogus", stdin=b'{"cost": "ten hours"}')
-    assert done.returncode == 2 and b"unknown flag --bogus" in done.stderr
-    (path,) = kept("results.db")
-    assert path.read_bytes() == b'{"cost": "ten hours"}' and str(path).encode() in done.stderr
-    assert b"run: python3 dbtool.py retry results.db" in done.stderr
-    process("insrt", "results.db", stdin=b'{"cost": "ten hours"}')
-    process("insert", stdin=b'{"cost": "ten hours"}')
-    assert len(kept("results.db")) == 2 and len(list(tmp_path.glob("dbtool-kept-*.json"))) == 1
+@pytest.mark.parametrize("words", [["insert", "results.db", "--bogus"], ["insrt", "results.db"], ["insert"],
+                                   ["--timeout", "5", "insert", "r.db"], ["insert", "r.db", "--on-conflict", "no"]], ids=" ".join)
+def test_wrong_usage_of_insert_loses_nothing(tmp_path, words):
+    done = process(*words, stdin=b'{"cost": "ten hours"}')
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 2
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == b'{"cost": "ten hours"}'
+    assert done.stderr.endswith(f"the input is kept in {path}; run: python3 dbtool.py insert DATABASE < {path}\n".encode())
 
 
-@pytest.mark.parametrize(("words", "advice"), [
-    (["insert", "--schema", "s.sql", "results.db", "--bogus"], "retry results.db --schema s.sql"),
-    (["--timeout", "5", "insert", "results.db"], "retry results.db"),
-    (["insert", "my results.db", "--table=t", "--tiemout", "1"], "retry 'my results.db' --table t"),
-    (["insert", "results.db", "--on-conflict", "replace", "--bogus"], "retry results.db --on-conflict replace"),
-    (["insert", "--bogus", "--", "-x.db"], "retry -- -x.db"),
-    (["insert", "new.db", "--schme", "my.sql"], "retry new.db"), (["insert", "--schme", "my.sql", "new.db"], "retry new.db"),
-    (["insert", "new.db", "--on-conflict", "ignore"], "retry new.db"), (["insert", "--schema", "", "--x", "e.db"], "retry e.db"),
-    (["insert", "--bogus"], "insert DATABASE < THAT-FILE"),
-], ids=" ".join)
-def test_the_advice_after_wrong_usage_repeats_what_was_right(words, advice):
-    said = process(*words, stdin=b'{"cost": "ten hours"}').stderr
-    assert said.endswith(b"; run: python3 dbtool.py " + advice.encode() + b"\n") and b"the input is kept in" in said
+@pytest.mark.parametrize("command", ["merge", "snapshot", "migrate"])
+def test_a_command_of_the_other_script_says_where_it_is(command):
+    done = subprocess.run([sys.executable, DBTOOL, command, "my r.db", "x"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (f"dbtool: {command} is a command of dbadmin.py; run: python3 dbadmin.py {command} 'my r.db' x\n")
 
 
 def test_a_file_as_a_word_is_told_from_standard_input():

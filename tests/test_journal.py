@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import DBTOOL, RECORD, need, process
+from conftest import RECORD, need, process, script_of
 
 import dbtool
 
@@ -58,13 +58,9 @@ def test_reading_keeps_its_lock_on_a_rollback_journal(expect_success, db_path, m
     monkeypatch.setenv("DBTOOL_JOURNAL", "delete")
     expect_success("insert", db_path, stdin=RECORD)
 
-    def try_to_write(_):
-        with (contextlib.closing(sqlite3.connect(db_path, timeout=0, isolation_level=None)) as db,
-              pytest.raises(sqlite3.OperationalError, match="locked")):
-            db.execute("BEGIN EXCLUSIVE")
-        return "tried"
-
-    assert dbtool.reading(str(db_path), try_to_write) == "tried"
+    with (dbtool.reading(str(db_path)), contextlib.closing(sqlite3.connect(db_path, timeout=0, isolation_level=None)) as db,
+          pytest.raises(sqlite3.OperationalError, match="locked")):
+        db.execute("BEGIN EXCLUSIVE")
 
 
 @pytest.mark.slow
@@ -75,7 +71,7 @@ def test_every_command_waits_for_a_rollback_journal(expect_success, db_path, wor
     expect_success("insert", db_path, stdin=RECORD)
     with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        child = subprocess.Popen([sys.executable, DBTOOL, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, script_of(words[0]), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(0.5)
         assert child.poll() is None
         db.execute("COMMIT")

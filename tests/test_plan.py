@@ -264,7 +264,7 @@ name           b       4       0        4
     (lambda path: path.mkdir(), "is a folder; name a file in it"),
     (lambda path: path.write_text("x" * 5000), "is not an SQLite database"),
     (lambda path: sqlite3.connect(path).execute("CREATE TABLE other (a)"), "has no table runs"),
-    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: python3 dbtool.py migrate DATABASE --schema "),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: python3 dbadmin.py migrate DATABASE --schema "),
 ], ids=["folder", "text", "other", "old"])
 @pytest.mark.parametrize("flag", ["--dry-run", "--list", "--jobs=1"])
 def test_a_file_that_is_not_the_results_file_is_named(call_sweep, tmp_path, make, words, flag):
@@ -290,7 +290,8 @@ def test_the_difference_is_that_of_sets():
         missing = [run for run in wanted if there.count(run[:-1]) < run[-1]]
         schema = dbtool.read_schema()
         grid = [sweep.axis_of_records(schema, [{name: value} for value in values], samples) for name, values in axes]
-        runs = sweep.planned(path, schema, grid, samples, "", lambda plan: plan.missing(""))
+        with sweep.planning(path, schema, grid, samples, "") as plan:
+            runs = plan.missing("")
         assert [(*run.parameters.values(), run.sample) for run in runs] == missing
 
 
@@ -304,7 +305,8 @@ def test_the_grid_of_half_a_million_runs_is_planned_in_two_seconds_and_200_megab
              "layers=5,10,20,10-20-10", "activation=relu,tanh", f"dataset={','.join(f'd{i}' for i in range(9))}"]
     where = "sample_window_length < training_window_length"
     axes = [sweep.axis_of_flag(schema, flag) for flag in flags]
-    runs = sweep.planned(os.path.realpath("r.db"), schema, axes, 10, where, lambda plan: plan.missing(""))
+    with sweep.planning(os.path.realpath("r.db"), schema, axes, 10, where) as plan:
+        runs = plan.missing("")
     assert len(runs) == 518_400
     random.Random(1).shuffle(runs)
     others = {"author": "a", "algorithm": "m", "forecast_length": 1, "prediction_gap": 0, "rmse_global": 1.0}

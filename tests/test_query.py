@@ -393,13 +393,11 @@ def test_query_notices_that_an_unchanging_file_changed(filled, public):
     (ready, say_ready), (go, say_go) = os.pipe(), os.pipe()
 
     def read_slowly():
-        def action(db):
-            assert db.execute("SELECT count(*) FROM results").fetchone() == (4,)
-            os.write(say_ready, b"!")
-            os.read(go, 1)
-
         try:
-            dbtool.reading(str(path), action)
+            with dbtool.reading(str(path)) as db:
+                assert db.execute("SELECT count(*) FROM results").fetchone() == (4,)
+                os.write(say_ready, b"!")
+                os.read(go, 1)
         except dbtool.Failure as failure:
             print(failure)
             return failure.status
@@ -418,7 +416,6 @@ def test_query_notices_that_an_unchanging_file_changed(filled, public):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy itself takes more")
 @pytest.mark.parametrize("style", ["csv", "json", "jsonl", "table"])
 def test_memory_stays_small(filled, style):
     sql = ENDLESS + "i, i / 3.0, 'text ' || i FROM n LIMIT 1000000"

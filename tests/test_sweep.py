@@ -455,7 +455,7 @@ def test_an_error_in_the_program_keeps_what_had_finished(swept, monkeypatch):
     def broken(*arguments):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("dbtool.store", broken)
+    monkeypatch.setattr("dbtool.insert_records", broken)
     with pytest.raises(KeyError):
         swept("-p", "n=1..3", "--jobs", "1", *shell('echo "{\\"loss\\": 1}"'))
     assert kept("r.db") and not os.path.exists("r.db-sweep.lock")

@@ -13,8 +13,9 @@ import sys
 import time
 
 import pytest
-from conftest import DBTOOL, RECORD, kept, need_program, process
+from conftest import DBADMIN, DBTOOL, RECORD, kept, need_program, process, script_of
 
+import dbadmin
 import dbtool
 
 DATA = json.dumps(RECORD).encode()
@@ -103,11 +104,11 @@ def test_a_snapshot_is_as_private_as_its_source_while_it_grows(expect_success, d
 
     def spying(file, target):
         for data in packed(file, target):
-            modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob(".*.part"))
+            modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob(".copy*"))
             yield data
 
-    packed = dbtool.packed
-    monkeypatch.setattr(dbtool, "packed", spying)
+    packed = dbadmin.packed
+    monkeypatch.setattr(dbadmin, "packed", spying)
     expect_success("snapshot", db_path, "copy.db.gz")
     assert modes == {0o600, 0o640} and (tmp_path / "copy.db.gz").stat().st_mode & 0o777 == 0o640
 
@@ -134,13 +135,13 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("name", ["copy.db", "copy.db.xz"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_snapshot_leaves_nothing(large, tmp_path, name, number):
-    with subprocess.Popen([sys.executable, DBTOOL, "snapshot", large, name], stderr=subprocess.PIPE) as child:
+    with subprocess.Popen([sys.executable, DBADMIN, "snapshot", large, name], stderr=subprocess.PIPE) as child:
         deadline = time.monotonic() + 30
         while not any(path.stat().st_size for path in tmp_path.glob(".copy*")) and time.monotonic() < deadline:
             time.sleep(0.002)
         child.send_signal(number)
         assert child.wait(20) == 128 + number
-        assert child.stderr.read() == f"dbtool: {large}: stopped by {number.name}\n".encode()
+        assert child.stderr.read() == f"dbadmin: {large}: stopped by {number.name}\n".encode()
     assert list(tmp_path.iterdir()) == []
     assert [path.name for path in large.parent.iterdir()] == ["large.db"]
 
@@ -163,8 +164,8 @@ def test_merge(expect_success, call, db_path, tmp_path):
     sql("a.db", "UPDATE results SET rmse_global = NULL WHERE epochs = 1 AND id IN (SELECT min(id) FROM results"
                 " GROUP BY epochs)")
     result = call("merge", db_path, "a.db")
-    assert (result.status, result.out) == (0, "a.db: 0 added, 5 known\n")
-    assert result.err == f"dbtool: {db_path}: a.db: 1 known rows have other values there; they were not taken over\n"
+    assert (result.status, result.out) == (1, "a.db: 0 added, 5 known\n")
+    assert result.err == f"dbadmin: {db_path}: a.db: 1 known rows have other values there; they were not taken over\n"
     assert sql(db_path, "SELECT count(*) FROM results WHERE rmse_global IS NULL") == [(0,)]
 
 
@@ -239,12 +240,12 @@ def test_merge_composite_key(expect_success, db_path, tmp_path):
 def test_merge_of_ten_large_files_is_as_fast_as_one_statement(db_path, tmp_path):
     rng = random.Random(3)
     ids = [f"{n:032x}" for n in range(550_000)]
-    dbtool.insert(str(db_path), ({**RECORD, "id": key} for key in ids[:50_000]))
+    dbtool.insert(str(db_path), ({**RECORD, "id": key, "creation_ts": "2026-01-01T00:00:00.000Z"} for key in ids[:50_000]))
     names = []
     for number in range(10):
         names.append(str(tmp_path / f"{number}.db"))
         known = rng.sample(ids[:50_000 * (number + 1)], 50_000)
-        dbtool.insert(names[-1], ({**RECORD, "id": key}
+        dbtool.insert(names[-1], ({**RECORD, "id": key, "creation_ts": "2026-01-01T00:00:00.000Z"}
                                   for key in sorted([*known, *ids[50_000 * (number + 1):50_000 * (number + 2)]])))
     plain = tmp_path / "plain.db"
     assert process("snapshot", db_path, plain).returncode == 0
@@ -314,7 +315,7 @@ def test_migrate_adds_a_column(expect_success, expect_failure, db_path, tmp_path
     schema_with(tmp_path, monkeypatch, ", host TEXT NOT NULL DEFAULT 'n1', note TEXT")
     message = process("insert", db_path, stdin=json.dumps({**RECORD, "note": None}).encode())
     assert message.returncode == 1 and b"has no column host, note; add it" in message.stderr
-    assert b"add it with: python3 dbtool.py migrate DATABASE --schema " in message.stderr
+    assert b"add it with: python3 dbadmin.py migrate DATABASE --schema " in message.stderr
     (file,) = kept(db_path)
     assert file.exists()
     before = db_path.read_bytes()
@@ -602,7 +603,7 @@ def test_the_copy_that_a_snapshot_to_a_pipe_makes_is_private(tmp_path, monkeypat
     sql("r.db", "INSERT INTO results SELECT randomblob(3000000)")
     os.chmod("r.db", 0o644)
     (tmp_path / "tmp").mkdir()
-    with subprocess.Popen([sys.executable, DBTOOL, "snapshot", "r.db", "-"], stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, DBADMIN, "snapshot", "r.db", "-"], stdout=subprocess.PIPE,
                           env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}) as child:
         child.stdout.read(100_000)
         [copy] = (tmp_path / "tmp").iterdir()
@@ -617,7 +618,7 @@ def test_merge_waits_for_a_locked_source(db_path, tmp_path):
         assert process("insert", name, stdin=DATA, env={**os.environ, "DBTOOL_JOURNAL": "delete"}).returncode == 0
     with contextlib.closing(sqlite3.connect("a.db", isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        with subprocess.Popen([sys.executable, DBTOOL, "merge", "results.db", "a.db"], stdout=subprocess.PIPE) as child:
+        with subprocess.Popen([sys.executable, DBADMIN, "merge", "results.db", "a.db"], stdout=subprocess.PIPE) as child:
             time.sleep(1)
             assert child.poll() is None
             db.execute("COMMIT")
@@ -665,7 +666,7 @@ def test_migrate_killed_is_all_or_nothing(expect_success, db_path, tmp_path, mon
     rows = sql(db_path, "SELECT * FROM results")
     schema_with(tmp_path, monkeypatch, ", host TEXT NOT NULL DEFAULT 'n1'")
     subprocess.run([strace, "-f", "-o", "/dev/null", "-e", f"inject=pwrite64:signal=KILL:when={when}",
-                    sys.executable, DBTOOL, "migrate", db_path], capture_output=True, check=False)
+                    sys.executable, DBADMIN, "migrate", db_path], capture_output=True, check=False)
     found = sql(db_path, "SELECT * FROM results")
     assert found == rows
     assert sql(db_path, "PRAGMA integrity_check") == [("ok",)]
@@ -680,7 +681,7 @@ def test_inserts_during_a_migration_wait_and_succeed_or_are_told(large, tmp_path
     schema_with(tmp_path, monkeypatch, ", host TEXT NOT NULL DEFAULT 'n1'")
     old = {**os.environ}
     old.pop("DBTOOL_SCHEMA")
-    with subprocess.Popen([sys.executable, DBTOOL, "migrate", path], stdout=subprocess.PIPE) as migration:
+    with subprocess.Popen([sys.executable, DBADMIN, "migrate", path], stdout=subprocess.PIPE) as migration:
         time.sleep(0.4)
         started = [subprocess.Popen([sys.executable, DBTOOL, "insert", str(path)], stdin=subprocess.PIPE, env=env,
                                     stderr=subprocess.PIPE) for env in (old, {**os.environ}) for _ in range(5)]
@@ -717,7 +718,7 @@ def test_progress_line_on_a_terminal(large, tmp_path, arguments, monkeypatch):
         sql("large2.db", f"INSERT INTO results SELECT '{letter}' || id, {columns} FROM results")
     (tmp_path / "many.jsonl").write_bytes(b"\n".join([DATA] * 300_000))
     socket = str(tmp_path / "tmux")
-    command = f"'{sys.executable}' '{DBTOOL}' {arguments.format(large=large)}; echo status $?; sleep 60"
+    command = f"'{sys.executable}' '{script_of(arguments.split()[0])}' {arguments.format(large=large)}; echo status $?; sleep 60"
     subprocess.run([tmux, "-S", socket, "new-session", "-d", "-x", "100", "-y", "10", command], cwd=tmp_path, check=True)
     seen, screen, deadline = [], "", time.monotonic() + 60
     try:
@@ -756,10 +757,10 @@ def test_module_functions(db_path, tmp_path):
 def test_module_functions_take_relative_paths(db_path):
     schema = dbtool.read_schema()
     assert dbtool.insert("results.db", records(3)) == 3 and dbtool.insert("b.db", records(2)) == 2
-    dbtool.snapshot("results.db", "copy.db")
-    dbtool.snapshot("results.db", "copy.db.gz")
-    assert dbtool.merge("copy.db", "b.db", schema) == (2, 0, 0)
-    assert dbtool.migrate("copy.db", schema) == [] == dbtool.migrate("copy.db", schema, dry_run=True)
+    dbadmin.snapshot("results.db", "copy.db")
+    dbadmin.snapshot("results.db", "copy.db.gz")
+    assert dbadmin.merge("copy.db", "b.db", schema) == (2, 0, 0)
+    assert dbadmin.migrate("copy.db", schema) == [] == dbadmin.migrate("copy.db", schema, dry_run=True)
 
 
 def test_leaderboard(expect_success, db_path):
