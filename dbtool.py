@@ -1025,12 +1025,12 @@ def no_column(schema: Schema, name: str) -> str:
     return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}"
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """Return which of the *names* is like *name*, or nothing."""
+def closest(name: str, names: Iterable[str], likeness: float = 0.6) -> str:
+    """Return which of the *names* is like *name*, 1 for the same, or nothing."""
     import difflib
 
     folded = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), folded, 1)
+    close = difflib.get_close_matches(name.lower(), folded, 1, likeness)
     return folded[close[0]] if close else ""
 
 

@@ -19,3 +19,16 @@ CREATE TABLE results (
     rmse_global REAL,                          -- root mean square error over all predictions; NULL if the run diverged
     metadata TEXT NOT NULL DEFAULT '{}'        -- whatever else the run wants to say, as JSON
 ) WITHOUT ROWID;
+
+-- The rows with what sweep.py notes in metadata as columns, so that nobody has to write json_extract.
+CREATE VIEW runs AS SELECT *,
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.sample') AS sample,        -- 1, 2, … of equal runs
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.started') AS started,      -- UTC, ISO 8601
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.seconds') AS seconds,      -- that it took
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.host') AS host,            -- where it ran
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.slot') AS slot,            -- which of the jobs at once
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.slurm_job') AS slurm_job,
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.git_commit') AS git_commit,
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.git_dirty') AS git_dirty,  -- 1: changed since then
+    json_extract(iif(json_valid(metadata), metadata, NULL), '$.command') AS command
+FROM results;

@@ -36,6 +36,7 @@ if __name__ == "__main__":  # now, as the other modules take a while
     dbtool.SIGNALS.install((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
 
 import argparse
+import bisect
 import collections
 import contextlib
 import decimal
@@ -69,12 +70,37 @@ TICK_S = 0.2
 PIPE_BYTES = 1 << 16  # what a pipe holds on Linux: pipe(7)
 MOST = 10_000_000  # values of a range, samples of a combination, runs of a sweep
 FAILURES_NAMED = 10
-LAST_WORDS = 100  # characters of a failed job's last line on standard error
+LEAST_HOPE = 10  # so many runs, or one for each slot, must fail at first before a sweep is taken for hopeless
+QUICK_FAILURE_S = 10.0  # a run that fails sooner may be the fault of the machine it ran on
+FIRST_REST_S, LONGEST_REST_S = 0.5, 60.0  # how long its slot then rests
+LOG_AFTER_S = 1.0  # a job that has run so long has a log that can be looked at
+LOG_BYTES_HELD = 1 << 20  # as has one that printed more than that
+LOG_BYTES_WAITING = 1 << 26  # beyond this, what a slow disk does not take is left out of the logs
+LOGS_END_S = 5.0  # how long the end of a sweep waits for the last of its logs
+TAIL_BYTES = 4096  # of standard error, in which its last line is looked for
+LAST_WORDS = 100  # characters of a failed job's last line on standard error that its reason has
 LAUNCHERS = ("srun: ", "slurmstepd: ")  # what they say of a job that failed stands after the job's own last words
 NO_RESULT = "it printed no JSON object"
 NO_OBJECT = "holds no JSON object; write one for each combination of parameters"
 STOPPED = "ended, since the sweep was stopped"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm can send the last before its limit
+FAILURES = "sweep_failures"  # the table of runs whose last attempt failed
+FAILURE_COLUMNS = ("parameters", "sample", "kind", "reason", "last_line", "attempts", "started", "seconds", "host",
+                   "command", "log")
+CREATE_FAILURES = f"""CREATE TABLE IF NOT EXISTS {FAILURES} (
+    parameters TEXT NOT NULL,    -- as JSON
+    sample INTEGER NOT NULL,
+    kind TEXT NOT NULL,          -- exit, signal, timeout, no_result, refused, contradiction or not_started
+    reason TEXT NOT NULL,
+    last_line TEXT NOT NULL,     -- on standard error
+    attempts INTEGER NOT NULL,
+    started TEXT NOT NULL,       -- the last attempt: UTC, ISO 8601
+    seconds REAL NOT NULL,
+    host TEXT NOT NULL,
+    command TEXT NOT NULL,
+    log TEXT NOT NULL,           -- path of the file with what it printed
+    PRIMARY KEY (parameters, sample)
+) WITHOUT ROWID"""
 TOKEN = "DBTOOL_SWEEP"  # an environment variable by which a sweep knows the processes that descend from it
 
 
@@ -103,6 +129,11 @@ class Run(NamedTuple):
     def parameters(self) -> dict[str, Any]:
         return dict(zip(self.names, self.values))
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """By what the run is known in the table of failures."""
+        return json.dumps(self.parameters, default=dbtool.blob_as_json, sort_keys=True), self.sample
+
     def __str__(self) -> str:
         pairs = [f"{name}={as_word(value)}" for name, value in self.parameters.items()]
         return shlex.join([*pairs, f"sample={self.sample}"])
@@ -112,58 +143,102 @@ def names_of(axes: Sequence[Axis]) -> list[str]:
     return [column.name for axis in axes for column in axis.columns]
 
 
-def axis_of_flag(schema: Schema, flag: str) -> Axis:
+def axis_of_flag(schema: Schema, flag: str, database: str) -> Axis:
     """Return the axis that `-p COLUMN=VALUES` says."""
     name, equals, values = flag.partition("=")
     if not name or not equals:
         raise Failure(f"-p takes COLUMN=VALUES, not {shown(flag)}", dbtool.USAGE)
-    column = settable(schema, name.replace("-", "_") if name not in schema.by_name else name, "-p")
+    name = name.replace("-", "_") if name not in schema.by_name else name
     try:
-        return Axis([column], {(dbtool.fit_text(column, text),): None for text in expanded(values)})
+        texts = list(expanded(values))
+        column = settable(schema, name, "-p", database, texts)
+        return Axis([column], {(dbtool.fit_text(column, text),): None for text in texts})
     except RecordRefused as refusal:
         raise Failure(f"-p {flag}: {refusal}", dbtool.USAGE) from None
 
 
-def settable(schema: Schema, name: str, where: str) -> Column:
+def settable(schema: Schema, name: str, where: str, database: str, values: Sequence[Any] = ()) -> Column:
+    """Return the column that a parameter sets; raise Failure, which says how to get one for such *values*."""
     column = schema.by_name.get(name)
     if column is None:
-        raise Failure(f"{where}: {dbtool.no_column(schema, name)}", dbtool.USAGE)
+        line = f"{name if name.isidentifier() else quote(name)} {type_of(values)} DEFAULT NULL,"
+        migrate, several = "", [kind for kind, _, _ in schema.objects].count("table") > 1
+        if os.path.exists(database):
+            words = ["migrate", database, "--schema", schema.path, *(["--table", schema.table] if several else [])]
+            migrate = f", and run: {dbtool.script('dbadmin')} {' '.join(map(dbtool.for_shell, words))}"
+        raise Failure(f"{where}: {dbtool.no_column(schema, name)}; to make it one, add above the last column in"
+                      f" {schema.path} the line {shown(line)}{migrate}", dbtool.USAGE)
     if column.generated:
         raise Failure(f"{where}: column {name} is generated by SQLite", dbtool.USAGE)
     return column
 
 
+def type_of(values: Sequence[Any]) -> str:
+    """Return the type of a column that takes all *values*, which may be numbers as text."""
+    texts = [str(value) for value in values]
+    for pattern, name in (("[+-]?[0-9]+", "INTEGER"), ("[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)(e[+-]?[0-9]+)?", "REAL")):
+        if texts and all(re.fullmatch(pattern, text, re.I) for text in texts):
+            return name
+    return "TEXT"
+
+
 def expanded(values: str) -> Iterator[str]:
-    """Yield the texts that VALUES means: separated by commas, and START..END or START..END..STEP inclusive."""
+    """Yield the texts that VALUES means, separated by commas.
+
+    START..END and START..END..STEP are ranges that include their end; in START..END*FACTOR each is FACTOR times the one
+    before.
+    """
     for item in values.split(","):
         if not item:
             raise RecordRefused("an empty value; give such a one with --params")
+        *texts, last = item.split("..")
+        end, star, factor = last.partition("*")
+        texts += [end, factor] if star else [end]
         try:
-            numbers = [decimal.Decimal(text) for text in item.split("..")]
+            numbers = [decimal.Decimal(text) for text in texts]
         except decimal.InvalidOperation:
             numbers = []
-        if len(numbers) not in (2, 3) or not all(number.is_finite() for number in numbers):
+        if len(numbers) not in ((3,) if star else (2, 3)) or not all(number.is_finite() for number in numbers):
             yield item
-            continue
-        start, end, step = (*numbers, decimal.Decimal(1))[:3]
-        try:
-            steps = (end - start) / step if end.adjusted() < 400 else decimal.Decimal(MOST)
-        except decimal.DecimalException:
-            steps = decimal.Decimal(-1)
-        if len(numbers) == 2 and steps != int(steps):
-            raise RecordRefused(f"the range {item} needs a step: START..END..STEP")
-        if steps < 0:
-            raise RecordRefused(f"the range {item} never reaches its end; write START..END..STEP")
-        if steps >= MOST:
-            raise RecordRefused(f"the range {item} has more than {MOST:,} values")
-        yield from (f"{start + i * step:f}" for i in range(int(steps) + 1))
+        elif star:
+            yield from geometric(item, *numbers)
+        else:
+            yield from arithmetic(item, *numbers)
+
+
+def arithmetic(item: str, start: decimal.Decimal, end: decimal.Decimal,
+               step: decimal.Decimal | None = None) -> Iterator[str]:
+    by = decimal.Decimal(1) if step is None else step
+    try:
+        steps = (end - start) / by if end.adjusted() < 400 else decimal.Decimal(MOST)
+    except decimal.DecimalException:
+        steps = decimal.Decimal(-1)
+    if step is None and steps != int(steps):
+        raise RecordRefused(f"the range {item} needs a step: START..END..STEP")
+    if steps < 0:
+        raise RecordRefused(f"the range {item} never reaches its end; write START..END..STEP")
+    if steps >= MOST:
+        raise RecordRefused(f"the range {item} has more than {MOST:,} values")
+    yield from (f"{start + i * by:f}" for i in range(int(steps) + 1))
+
+
+def geometric(item: str, start: decimal.Decimal, end: decimal.Decimal, factor: decimal.Decimal) -> Iterator[str]:
+    if start == 0 or factor <= 0 or factor == 1 or (end - start) * start * (factor - 1) < 0:
+        raise RecordRefused(f"the range {item} never reaches its end; write START..END*FACTOR")
+    value = start
+    for _ in range(MOST):
+        if abs(value) > abs(end) if factor > 1 else abs(value) < abs(end):
+            return
+        yield f"{value:f}"
+        value *= factor
+    raise RecordRefused(f"the range {item} has more than {MOST:,} values")
 
 
 class ParamsRefused(Failure):
     """What is wrong with a record of --params."""
 
 
-def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], default: int = 1) -> Axis:
+def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], default: int = 1, database: str = "") -> Axis:
     """Return the axis that a list of JSON objects says; all of them have the same keys.
 
     Those that don't say how many samples are wanted get the *default*.
@@ -177,10 +252,10 @@ def axis_of_records(schema: Schema, records: Iterator[Mapping[str, Any]], defaul
         if type(samples) is not int or not 1 <= samples <= MOST:
             raise ParamsRefused(f"{where}: samples takes an integer from 1 to {MOST:,}, not {shown(samples)}")
         if number == 1:
-            columns = [settable(schema, name, where) for name in parameters]
+            columns = [settable(schema, name, where, database, [value]) for name, value in parameters.items()]
         if set(parameters) != {column.name for column in columns}:
             for name in parameters:
-                settable(schema, name, where)
+                settable(schema, name, where, database, [parameters[name]])
             keys = f"the keys {', '.join(parameters)}" if parameters else "no keys"
             raise ParamsRefused(f"{where}: has {keys}, but the first has"
                           f" {', '.join(column.name for column in columns) or 'none'}")
@@ -200,9 +275,10 @@ def typed(column: Column, value: Any) -> Any:
     return None if stored != stored else stored
 
 
-# Of a plan: how many runs are wanted, stored and missing.
+# Of a plan: how many runs are wanted, stored and missing, and how many of those failed when they were last tried.
 SUMS = """coalesce(sum("#samples"), 0), coalesce(sum(min(coalesce("#rows", 0), "#samples")), 0),
-    coalesce(sum(max("#samples" - coalesce("#rows", 0), 0)), 0) FROM plan.wanted LEFT JOIN plan.stored USING ("#id")"""
+    coalesce(sum(max("#samples" - coalesce("#rows", 0), 0)), 0), coalesce(sum("#failures"), 0)
+    FROM plan.wanted LEFT JOIN plan.stored USING ("#id") LEFT JOIN plan.failed USING ("#id")"""
 
 
 class Plan:
@@ -225,9 +301,14 @@ class Plan:
         self.want(axes, samples, where)
         db.execute("""CREATE TABLE plan.stored
             ("#id" INTEGER PRIMARY KEY, "#rows" INTEGER, "#unnumbered" INTEGER, "#numbers" TEXT)""")
-        if dbtool.scalar(db, "SELECT count(*) FROM main.sqlite_master"):
+        db.execute("""CREATE TABLE plan.failed ("#id" INTEGER PRIMARY KEY, "#failures" INTEGER)""")
+        self.failed: dict[tuple[str, int], int] = {}  # of runs that are missing: attempts, by Run.key
+        self.resolved: list[tuple[str, int]] = []  # of runs that failed, and have a row all the same
+        self.is_new = not dbtool.scalar(db, "SELECT count(*) FROM main.sqlite_master")
+        if not self.is_new:
             dbtool.check_columns(dbtool.columns_of(db, schema.table), schema)
             self.count(schema)
+            self.find_failures()
 
     def want(self, axes: Sequence[Axis], samples: int, where: str) -> None:
         """Cross the axes. Of each, the column that # and its number name holds the samples."""
@@ -262,6 +343,31 @@ class Plan:
             FROM main.{quote(schema.table)} AS results CROSS JOIN plan.wanted
             WHERE {' AND '.join(same) or '1'} GROUP BY 1""")
 
+    def find_failures(self) -> None:
+        """Find what an earlier sweep of this grid noted of runs that failed."""
+        columns = dbtool.columns_of(self.db, FAILURES)
+        if not columns:
+            return
+        if tuple(columns) != FAILURE_COLUMNS:
+            raise Failure(f"has a table {FAILURES} that is not a sweep's, which notes there what failed; rename it")
+        is_it = " AND ".join(f"wanted.{quote(name)} IS ?" for name in self.names) or "1"
+        noted = self.db.execute(f"SELECT parameters, sample, attempts FROM {FAILURES}").fetchall()
+        for key, sample, attempts in noted:
+            parameters = json.loads(key, object_hook=lambda value: dbtool.json_or_blob(value) if "$hex" in value else
+                                    value)
+            if parameters.keys() != set(self.names):
+                continue  # of another grid
+            found = self.db.execute(f"""SELECT "#id", "#samples", coalesce("#rows", 0), "#numbers"
+                FROM plan.wanted LEFT JOIN plan.stored USING ("#id") WHERE {is_it}""",
+                                    [parameters[name] for name in self.names]).fetchall()
+            for number, wanted, rows, numbers in found:
+                if sample in missing_numbers(wanted, rows, numbers):
+                    self.failed[key, sample] = attempts
+                    self.db.execute("""INSERT INTO plan.failed VALUES (?, 1)
+                        ON CONFLICT ("#id") DO UPDATE SET "#failures" = "#failures" + 1""", [number])
+                elif sample <= wanted:
+                    self.resolved.append((key, sample))
+
     def ask(self, flag: str, names: Sequence[str], sql: str) -> sqlite3.Cursor:
         """Run SQL that has the user's own in it; raise Failure, which names the *flag* that it came from."""
         try:
@@ -272,7 +378,7 @@ class Plan:
 
     def missing(self, order: str) -> list[Run]:
         """Return the runs whose rows are missing; by default every combination once before any twice."""
-        ((*_, left),) = self.db.execute(f"SELECT {SUMS}")
+        ((_, _, left, _),) = self.db.execute(f"SELECT {SUMS}")
         if left > MOST:
             raise Failure(f"{left:,} runs are missing; at most {MOST:,} make a sweep")
         combinations = self.db.execute("""SELECT coalesce("#rows", 0), "#numbers", wanted.*
@@ -283,8 +389,20 @@ class Plan:
         runs.sort(key=lambda run: run.sample)
         return self.in_order(runs, order) if order else runs
 
+    def chosen(self, order: str, failed: str) -> list[Run]:
+        """Return the missing runs that --failed admits, those that failed before last."""
+        runs = self.missing(order)
+        if not self.failed:
+            return [] if failed == "only" else runs
+        again = [run for run in runs if run.key in self.failed]
+        fresh = [run for run in runs if run.key not in self.failed]
+        return {"run": [*fresh, *again], "forget": runs, "skip": fresh, "only": again}[failed]
+
     def combinations(self) -> int:
         return int(dbtool.scalar(self.db, "SELECT count(*) FROM plan.wanted"))
+
+    def most_samples(self) -> int:
+        return int(dbtool.scalar(self.db, 'SELECT coalesce(max("#samples"), 0) FROM plan.wanted'))
 
     def unnumbered(self) -> int:
         """Return how many rows, of combinations that lack some, do not say which sample they are."""
@@ -301,7 +419,7 @@ class Plan:
         return [runs[rowid - 1] for rowid, in found]
 
     def counts(self) -> list[tuple[Any, ...]]:
-        """Return (parameter, value, wanted, stored, missing) for all runs together, and for each value."""
+        """Return (parameter, value, wanted, stored, missing, failed) for all runs together, and for each value."""
         found = self.db.execute(f"SELECT 'all', NULL, {SUMS}").fetchall()
         for name in self.names:
             found += self.db.execute(f'SELECT ?, {quote(name)}, {SUMS} GROUP BY 2 ORDER BY 2', [name]).fetchall()
@@ -343,58 +461,142 @@ def planning(path: str, schema: Schema, axes: Sequence[Axis], samples: int, wher
 # --------------------------------------------------------------------------------------------- command
 
 
+class Slot:
+    """A place for one job at a time.
+
+    It rests after a run that failed soon: a broken machine would eat all that is wanted.
+    """
+
+    def __init__(self, number: int, gpu: str = "") -> None:
+        self.number, self.gpu = number, gpu or str(number)
+        self.rest_s = self.lived_s = 0.0
+        self.rested_at = -math.inf  # time.monotonic
+
+    def __lt__(self, other: Slot) -> bool:
+        return self.number < other.number
+
+    def failed(self, seconds: float) -> None:
+        if seconds < QUICK_FAILURE_S:
+            self.rest_s = min(max(2 * self.rest_s, FIRST_REST_S), LONGEST_REST_S)
+            self.lived_s, self.rested_at = seconds, time.monotonic() + self.rest_s
+
+    def succeeded(self) -> None:
+        self.rest_s, self.rested_at = 0.0, -math.inf
+
+    def must_rest(self, oldest_s: float) -> bool:
+        """Tell whether it rests while other slots have a run that lives for *oldest_s* already.
+
+        Where all runs fail alike, nothing is gained by resting.
+        """
+        return time.monotonic() < self.rested_at and oldest_s > self.lived_s
+
+
+def make_slots(jobs: int) -> list[Slot]:
+    """Return a slot for each job, with its GPU of those that the environment gives."""
+    gpus = [gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return [Slot(number, gpus[number % len(gpus)] if gpus else "") for number in range(jobs)]
+
+
+
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
-class Command:
-    """What a run executes: words with {column} and {sample} in them, or a Python function."""
+APPENDED = "--{name} {value}"  # what is added to the command for each parameter, if none has a place in it
+OF_A_JOB = ("sample", "slot", "gpu")  # what may stand in braces besides parameters
 
-    def __init__(self, words: Sequence[str], call: str, names: Sequence[str]) -> None:
+
+class Command:
+    """What a run executes: words with {column}, {sample} and the like in them, or a Python function.
+
+    Parameters without a place are appended, as the words of *append* say.
+    """
+
+    def __init__(self, words: Sequence[str], call: str, names: Sequence[str], append: str | None) -> None:
         self.words, self.call, self.names = list(words), call, names
         self.braced = {name for word in words for name in PLACEHOLDER.findall(word)}
-        self.placed = self.braced & set(names)  # the parameters that have a place; without any, all are appended
+        self.placed = self.braced & set(names)  # the parameters that have a place
+        takes_more = append is not None or not self.placed
+        self.appended = [name for name in names if name not in self.placed] if takes_more else []
+        try:
+            self.append = shlex.split(APPENDED if append is None else append)
+        except ValueError as error:
+            raise Failure(f"--append {append}: {error}", dbtool.USAGE) from None
 
     def check(self, schema: Schema, axes: Sequence[Axis]) -> None:
         """Raise Failure if no run could succeed, or a parameter would reach none."""
         import shutil
 
         if self.call:
-            module, colon, function = self.call.partition(":")
-            if not colon or not function:
-                raise Failure(f"--call takes MODULE:FUNCTION, not {shown(self.call)}", dbtool.USAGE)
-            if not importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [os.getcwd(), *sys.path]):
-                raise Failure(f"--call: there is no module {module} here", dbtool.USAGE)
+            self.check_call()
             return
         program = self.words[0]
         if not PLACEHOLDER.search(program) and not shutil.which(program):
             raise Failure(f"{program}: {why_no_program(program)}", dbtool.USAGE)
-        for name in sorted(self.braced - {*self.names, "sample"}):
+        for name in sorted(self.braced - {*self.names, *OF_A_JOB}):
             if name in schema.by_name:
                 raise Failure(f"COMMAND has {{{name}}}, but no -p or --params gives {name}", dbtool.USAGE)
-            meant = dbtool.nearest(name, [*self.names, "sample"])
+            meant = dbtool.nearest(name, [*self.names, *OF_A_JOB])
             if meant and len(name) > 3:  # other words in braces are the job's own affair
                 raise Failure(f"COMMAND has {{{name}}}, which is no parameter{meant}", dbtool.USAGE)
-        for axis in axes if self.placed else ():
+        for axis in axes:
             names = names_of([axis])
-            if len(axis.rows) > 1 and not self.placed & set(names):
+            if len(axis.rows) > 1 and not {*self.placed, *self.appended} & set(names):
                 raise Failure(f"{', '.join(names)} varies, but COMMAND has no {{{names[0]}}}, so that no job would know"
-                              " it", dbtool.USAGE)
+                              f" it; to append what has no place, give --append {shlex.quote(APPENDED)}", dbtool.USAGE)
+        if self.appended and not any("{value}" in word for word in self.append):
+            raise Failure(f"--append has no {{value}}, so that no job would know it; such as {shlex.quote(APPENDED)}",
+                          dbtool.USAGE)
 
-    def for_run(self, run: Run) -> list[str]:
+    def check_call(self) -> None:
+        module, colon, function = self.call.partition(":")
+        if not colon or not function:
+            raise Failure(f"--call takes MODULE:FUNCTION, not {shown(self.call)}", dbtool.USAGE)
+        if not find_module(module.partition(".")[0]):
+            raise Failure(f"--call: there is no module {module} here", dbtool.USAGE)
+
+    def knows_sample(self) -> bool:
+        """Tell whether a job is told which sample it is, as far as one can see."""
+        return takes_sample(self.call) if self.call else "sample" in self.braced
+
+    def for_run(self, run: Run, slot: Slot) -> list[str]:
         """Return the program and its arguments for one run."""
         if self.call:
             return [sys.executable, os.path.realpath(__file__), "--call-once", os.getcwd(), self.call,
                     json.dumps(run.parameters, default=bytes.hex), str(run.sample)]
-        values = {"sample": run.sample, **run.parameters}
-
-        def value(match: re.Match[str]) -> str:
-            return as_word(values[match[1]]) if match[1] in values else match[0]
-
-        words = [PLACEHOLDER.sub(value, word) for word in self.words]
-        if not self.placed:
-            for name, given in run.parameters.items():
-                words += [] if given is None else [f"--{name}", as_word(given)]
+        values = {"sample": run.sample, "slot": slot.number, "gpu": slot.gpu, **run.parameters}
+        words = [filled(word, values) for word in self.words]
+        for name in self.appended:
+            if run.parameters[name] is not None:
+                given = {"name": name, "name-": name.replace("_", "-"), "value": run.parameters[name]}
+                words += [filled(word, given) for word in self.append]
         return words
+
+
+def filled(word: str, values: Mapping[str, Any]) -> str:
+    """Return *word* with the value of each {name} that is known."""
+    return PLACEHOLDER.sub(lambda match: as_word(values[match[1]]) if match[1] in values else match[0], word)
+
+
+def find_module(name: str) -> importlib.machinery.ModuleSpec | None:
+    return importlib.machinery.PathFinder.find_spec(name, [os.getcwd(), *sys.path])
+
+
+def takes_sample(call: str) -> bool:
+    """Tell whether the function of --call takes the sample, as far as its source tells without importing it."""
+    import ast
+
+    module, _, function = call.partition(":")
+    spec = find_module(module)
+    try:
+        with open(spec.origin if spec and spec.origin else "", "rb") as file:
+            tree = ast.parse(file.read())
+    except (OSError, ValueError, SyntaxError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == function:
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            return "sample" in [argument.arg for argument in given]
+    return True
 
 
 def why_no_program(word: str) -> str:
@@ -450,30 +652,119 @@ def call_once(folder: str, target: str, parameters: str, sample: str) -> int:
 # ------------------------------------------------------------------------------------------------- run
 
 
-class Output(dbtool.Spool):
-    """What a job has printed on one pipe: a little in memory, more of it in a temporary file, if there is room."""
+class RunFailed(Failure):
+    """Why a job gave no result; `kind` is one of those that the table of failures has."""
 
-    def __init__(self) -> None:
-        import tempfile
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
-        places = []
-        with contextlib.suppress(OSError):  # no folder takes temporary files
-            places = [os.path.join(tempfile.gettempdir(), "sweep-output")]
-        super().__init__(places, 0o600)
+
+class Logs:
+    """Writes the logs in a thread of its own, so that no slow or full disk holds up a job or costs a result.
+
+    `trouble` says what the first log was that could not be written, and why.
+    """
+
+    def __init__(self, folder: str, mode: int) -> None:
+        import queue
+        import threading
+
+        self.folder, self.mode = folder, mode
+        self.queue: Any = queue.SimpleQueue()  # of (path, what to append, or None to remove it), and None at the end
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.waiting = 0  # bytes
+        self.trouble = ""
+
+    def append(self, path: str, data: bytes) -> None:
+        if self.waiting + len(data) > LOG_BYTES_WAITING:
+            self.trouble = self.trouble or f"{path}: the disk is too slow for what is printed; some is left out"
+            return
+        self.waiting += len(data)
+        self.queue.put((path, data))
+
+    def remove(self, path: str) -> None:
+        self.queue.put((path, None))
+
+    def work(self) -> None:
+        while item := self.queue.get():
+            path, data = item
+            try:
+                if data is None:
+                    os.unlink(path)
+                else:
+                    self.write(path, data)
+            except OSError as error:
+                if data is not None:
+                    self.trouble = self.trouble or f"{path}: {error.strerror}"
+            self.waiting -= len(data or b"")
+
+    def write(self, path: str, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, self.mode)
+        except FileNotFoundError:
+            os.makedirs(self.folder, self.mode | (self.mode & 0o444) >> 2, exist_ok=True)
+            descriptor = os.open(path, flags, self.mode)
+        with open(descriptor, "wb", buffering=0) as file:
+            dbtool.write_all(file, data)
+
+    def close(self) -> None:
+        """Wait some seconds for what is still to be written, and remove the folder if it is empty then."""
+        self.queue.put(None)
+        self.thread.join(LOGS_END_S)
+        if self.thread.is_alive():
+            self.trouble = self.trouble or f"{self.folder}: the disk is too slow; the last logs are not whole"
+
+
+class Log:
+    """What a job prints, in the order in which it comes: held until the job has run for a second, or failed."""
+
+    def __init__(self, path: str, logs: Logs, head: str) -> None:
+        self.path, self.logs = path, logs
+        self.held, self.size = [head.encode(errors="backslashreplace")], 0
+        self.is_shown, self.ends_line = False, True
+
+    def add(self, data: bytes) -> None:
+        self.held.append(data)
+        self.ends_line = data.endswith(b"\n") if data else self.ends_line
+        self.size += len(data)
+        if self.is_shown or self.size > LOG_BYTES_HELD:
+            self.show()
+
+    def show(self) -> None:
+        """Bring what is held to the file, and from now on all that comes."""
+        self.is_shown = True
+        if self.held:
+            self.logs.append(self.path, b"".join(self.held))
+            self.held = []
+
+    def end(self, text: str) -> None:
+        """Add some last lines, and see that all of it reaches the file."""
+        self.add(("" if self.ends_line else "\n").encode() + text.encode(errors="backslashreplace"))
+        self.show()
+
+    def remove(self) -> None:
+        """Remove the file, also that of an earlier attempt."""
+        self.held = []
+        self.logs.remove(self.path)
 
 
 class Job:
     """One run as a process of its own, the leader of its process group, and what it has printed."""
 
-    def __init__(self, run: Run, words: list[str]) -> None:
-        self.run, self.words = run, words
-        self.printed: dict[int, Output] = {}  # by pipe: standard output, and standard error
-        self.started = time.time()
+    def __init__(self, run: Run, words: list[str], slot: Slot, log: Log) -> None:
+        self.run, self.words, self.slot, self.log = run, words, slot, log
+        self.printed: dict[int, dbtool.Spool | None] = {}  # by pipe: standard output, and None for standard error
+        self.tail = b""  # of standard error
+        self.started, self.began = time.time(), time.monotonic()
         self.deadline = self.kill_at = math.inf  # time.monotonic
         self.seconds = 0.0
         self.status = 0
         self.why_ended = ""  # why the sweep ended it, if it did
         self.records: list[dict[str, Any]] = []
+        self.failure: dict[str, Any] | None = None  # its row of the table of failures
+        self.had_failed = False  # whether there is such a row of the same run
 
     def start(self, folder: str | None) -> None:
         """Start the process; raises OSError or ValueError.
@@ -484,14 +775,15 @@ class Job:
 
         ends: list[int] = []
         try:
-            for _ in range(2):
+            for spool in (output_spool(), None):
                 reader, writer = os.pipe()
-                self.printed[reader] = Output()
+                self.printed[reader] = spool
                 ends.append(writer)
             if folder:
                 os.makedirs(folder, exist_ok=True)
-            self.process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1],
-                                            cwd=folder, close_fds=False, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.words, stdin=subprocess.DEVNULL, stdout=ends[0], stderr=ends[1], cwd=folder, close_fds=False,
+                start_new_session=True, env={**os.environ, "SWEEP_SLOT": str(self.slot.number)})
         finally:
             for writer in ends:
                 os.close(writer)
@@ -502,7 +794,12 @@ class Job:
             data = os.read(pipe, PIPE_BYTES)
         except BlockingIOError:
             return False
-        self.printed[pipe].add(data)
+        spool = self.printed[pipe]
+        if spool:
+            spool.add(data)
+        else:
+            self.tail = (self.tail + data)[-TAIL_BYTES:]
+        self.log.add(data)
         return bool(data)
 
     def signal(self, number: int, why: str) -> None:
@@ -528,63 +825,126 @@ class Job:
                     break
 
     def close(self) -> None:
-        for pipe, output in self.printed.items():
+        for pipe, spool in self.printed.items():
             os.close(pipe)
-            output.discard()
+            if spool:
+                spool.discard()
         self.printed = {}
 
-    def output(self, index: int) -> Iterator[bytes]:
-        """Yield what it printed, 0 for standard output and 1 for standard error."""
-        for output in list(self.printed.values())[index:index + 1]:
-            yield from output.chunks()
+    def output(self) -> Iterator[bytes]:
+        """Yield what it printed on standard output."""
+        for spool in self.printed.values():
+            if spool:
+                yield from spool.chunks()
 
-    def last_words(self) -> str:
-        """Return the last line on standard error, if there is one, which often says it all."""
-        tail = b""
-        for data in self.output(1):
-            tail = (tail + data)[-4096:]
-        lines = [line.strip() for line in tail.decode(errors="replace").split("\n")]
+    def last_line(self) -> str:
+        """Return the last line on standard error, which often says it all."""
+        lines = [line.strip() for line in self.tail.decode(errors="replace").split("\n")]
         own = [line for line in lines if line and not line.startswith(LAUNCHERS)]
-        last = own[-1] if own else ""
-        return f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
+        return own[-1] if own else ""
 
-    def take_result(self, schema: Schema) -> None:
-        """Take the records that the job printed, and complete them; raise RecordRefused if it failed."""
+    def take_result(self, schema: Schema, surroundings: Mapping[str, Any]) -> None:
+        """Take the records that the job printed, and complete them; raise RunFailed if it failed."""
         if self.why_ended and (self.status or self.why_ended != STOPPED):
-            raise RecordRefused(self.why_ended)
+            raise RunFailed("timeout", self.why_ended)
         if self.status:
-            how = f"exit status {self.status}" if self.status > 0 else f"killed by signal {-self.status}"
-            raise RecordRefused(how + self.last_words())
+            kind, how = ("exit", "exit status") if self.status > 0 else ("signal", "killed by signal")
+            last = self.last_line()
+            last = f" ({last if len(last) <= LAST_WORDS else last[:LAST_WORDS - 1] + '…'})" if last else ""
+            raise RunFailed(kind, f"{how} {abs(self.status)}{last}")
         try:
-            found = list(dbtool.records(self.output(0), skip_text=True))
+            found = list(dbtool.records(self.output(), skip_text=True))
         except NoRecord:
-            raise RecordRefused(NO_RESULT) from None
+            raise RunFailed("no_result", NO_RESULT) from None
         except Failure as failure:
-            raise RecordRefused(f"its output: {failure}") from None
+            raise RunFailed("refused", f"its output: {failure}") from None
         except OSError as error:
-            raise RecordRefused(f"its output can't be read: {error.strerror}") from None
-        self.records = [self.complete(record, schema) for record in found]
-        for _ in dbtool.fitted(schema, self.records):
-            pass
+            raise RunFailed("no_result", f"its output can't be read: {error.strerror}") from None
+        self.records = found
+        try:
+            self.records = [self.complete(record, schema, surroundings) for record in found]
+            for _ in dbtool.fitted(schema, self.records):
+                pass
+        except RecordRefused as refusal:
+            raise self.refused(refusal) from None
 
-    def why_refused(self, refusal: RecordRefused) -> str:
+    def refused(self, refusal: RecordRefused) -> RunFailed:
         """Return what insert says of a record, without what only makes sense there."""
-        return f"record {refusal.number}: {refusal.why}" if refusal.number and len(self.records) > 1 else refusal.why
+        is_one_of_many = refusal.number and len(self.records) > 1
+        return RunFailed("refused", f"record {refusal.number}: {refusal.why}" if is_one_of_many else refusal.why)
 
-    def complete(self, record: dict[str, Any], schema: Schema) -> dict[str, Any]:
-        """Fill in what the job left out; raise RecordRefused if it says that it ran with other parameters."""
+    def complete(self, record: dict[str, Any], schema: Schema, surroundings: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in what the job left out; raise RunFailed if it says that it ran with other parameters."""
         for name, wanted in self.run.parameters.items():
             said = typed(schema.by_name[name], record.setdefault(name, wanted))
             if said != wanted:
                 wanted, said = ("null" if value is None else as_word(value) for value in (wanted, said))
-                raise RecordRefused(f"it was to run with {name} {wanted}, but its result says {said};"
-                              " is the parameter passed on, and printed as given?")
+                raise RunFailed("contradiction", f"it was to run with {name} {wanted}, but its result says {said};"
+                                                 " is the parameter passed on, and printed as given?")
             record[name] = wanted
         if "metadata" in schema.by_name:
-            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-            record.setdefault("metadata", {"command": printable(shlex.join(self.words)), "sample": self.run.sample,
-                                           "started": started, "seconds": round(self.seconds, 3)})
+            own = as_object(record.get("metadata"))
+            if own is not None:
+                record["metadata"] = {**self.origin(), **surroundings, **own}
         return record
+
+    def origin(self) -> dict[str, Any]:
+        """Return where a result comes from, for its metadata."""
+        return {"command": printable(shlex.join(self.words)), "sample": self.run.sample,
+                "started": timestamp(self.started), "seconds": round(self.seconds, 3), "host": os.uname().nodename,
+                "slot": self.slot.number}
+
+    def note_failure(self, failure: RunFailed, attempts: int) -> None:
+        """Make the row of the table of failures, and end the log with the reason."""
+        key, sample = self.run.key
+        self.failure = {
+            "parameters": key, "sample": sample, "kind": failure.kind, "reason": failure.why,
+            "last_line": self.last_line(), "attempts": attempts, "started": timestamp(self.started),
+            "seconds": round(self.seconds, 3), "host": os.uname().nodename,
+            "command": printable(shlex.join(self.words)), "log": printable(self.log.path)}
+        results = "".join(f"result: {line}" for line in as_lines(self.records))
+        self.log.end(f"{results}seconds: {self.seconds:.3f}\nreason: {failure.why}\n")
+
+
+def output_spool() -> dbtool.Spool:
+    """Return a place for what a job prints: a little in memory, more of it in a temporary file, if there is room."""
+    import tempfile
+
+    places = []
+    with contextlib.suppress(OSError):  # no folder takes temporary files
+        places = [os.path.join(tempfile.gettempdir(), "sweep-output")]
+    return dbtool.Spool(places, 0o600)
+
+
+def timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def as_object(metadata: Any) -> dict[str, Any] | None:
+    """Return what a job printed as metadata as an object that takes more keys; None if it is none."""
+    if metadata is None:
+        return {}
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except (ValueError, RecursionError):
+            return None
+    return metadata if isinstance(metadata, dict) and "$hex" not in metadata else None
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what is the same for all runs of a sweep: the Slurm job, and the commit of the checkout it started in."""
+    import subprocess
+
+    found: dict[str, Any] = {}
+    if os.environ.get("SLURM_JOB_ID"):
+        found["slurm_job"] = os.environ["SLURM_JOB_ID"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is no git, or no checkout
+        git = ["git", "--no-optional-locks"]
+        said = [subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+        found.update(git_commit=said[0].strip(), git_dirty=bool(said[1]))
+    return found
 
 
 class Pool:
@@ -637,14 +997,17 @@ class Pool:
                 job.ended(status)
                 self.guard.forget(pid)
                 yield job
-        self.end_late_ones()  # after those that have ended by themselves
+        self.watch_clock()  # after those that have ended by themselves
 
-    def end_late_ones(self) -> None:
+    def watch_clock(self) -> None:
+        """Show the logs of jobs that have run for some time, and end those that are late."""
         now = time.monotonic()
         for job in self.running.values():
-            if job.deadline > now:
+            if job.began + LOG_AFTER_S > now:
                 break  # the others started later
-            if not job.why_ended:
+            if not job.log.is_shown:
+                job.log.show()
+            if job.deadline <= now and not job.why_ended:
                 job.end(f"timed out after {self.timeout:g} s")
         for job in self.running.values():
             if job.kill_at <= now:
@@ -750,18 +1113,61 @@ def descendants(token: str) -> Iterator[int]:
             pass
 
 
+class Results:
+    """The results file, as the place where results and failures of runs are stored."""
+
+    def __init__(self, path: str, schema: Schema) -> None:
+        self.path, self.schema = path, schema
+
+    def store(self, jobs: Sequence[Job], receipts: list[dbtool.Receipt]) -> None:
+        """Store what came of some jobs in one transaction, unless one of the *receipts* tells that it is there.
+
+        Raises Failure; if COMMIT failed, its receipt is added.
+        """
+        receipt = None
+        # Without a key, equal rows must tell; should they be another's, the next plan finds this run missing.
+        earlier = [{**old, "told_by": "values"} if old["told_by"] == "nothing" else old for old in receipts]
+        records = [record for job in jobs if not job.failure for record in job.records]
+        try:
+            with dbtool.writing(self.path, self.schema, STORE_TRY_S) as db:
+                if records:
+                    rows = dbtool.fitted(self.schema, records)
+                    receipt = dbtool.insert_records(db, self.schema, rows, "fail", earlier)
+                note(db, [job.failure for job in jobs if job.failure])
+                forget(db, [job.run.key for job in jobs if job.had_failed and not job.failure])
+        except dbtool.CommitFailed:
+            if receipt:
+                receipts.append(receipt)
+            raise
+
+
+def note(db: sqlite3.Connection, failures: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the table of failures, which is made with the first."""
+    if failures:
+        db.execute(CREATE_FAILURES)
+        places = ", ".join(f":{name}" for name in FAILURE_COLUMNS)
+        db.executemany(f"INSERT OR REPLACE INTO {FAILURES} VALUES ({places})", failures)
+
+
+def forget(db: sqlite3.Connection, keys: Sequence[tuple[str, int]]) -> None:
+    """Remove rows of the table of failures."""
+    if keys:
+        db.execute(CREATE_FAILURES)
+        db.executemany(f"DELETE FROM {FAILURES} WHERE parameters = ? AND sample = ?", keys)
+
+
 class Writer:
-    """Stores results as they come, in a thread of its own; those that wait together share a transaction.
+    """Stores what came of jobs, in a thread of its own; those that wait together share a transaction.
 
     `outcomes` holds (job, why it was refused or None), `kept` why results could not be stored and where
     they are, and `trouble` what stands in the way now.
     """
 
-    def __init__(self, path: str, schema: Schema, wake: Callable[[], None]) -> None:
+    def __init__(self, results: Results, wake: Callable[[], None]) -> None:
         import threading
 
         self.thread = threading.Thread(target=self.run, daemon=True)
-        self.path, self.schema, self.wake = path, schema, wake
+        self.results, self.wake = results, wake
         self.waiting: list[Job] = []
         self.change = threading.Condition()
         self.closing = False
@@ -794,19 +1200,19 @@ class Writer:
                 self.store(batch)
             except BaseException as error:  # a bug; the main thread shows it
                 self.crash = error
-                self.keep([record for job in batch for record in job.records], [], Failure("an error in the program"))
+                self.keep(batch, [], Failure("an error in the program"))
             self.wake()
             if self.crash:
                 return
             time.sleep(BURST_S)
 
     def store(self, batch: list[Job]) -> None:
-        """Store the results of all jobs of a batch; if one is refused, each by itself."""
+        """Store what came of all jobs of a batch; if one is refused, each by itself."""
         receipts: list[dbtool.Receipt] = []  # of COMMITs that failed: one may have happened all the same
         outcome: Failure | None
         while True:
             try:
-                self.store_once([record for job in batch for record in job.records], receipts)
+                self.results.store(batch, receipts)
                 outcome = self.trouble = None
             except RecordRefused as refusal:
                 outcome = refusal
@@ -819,30 +1225,18 @@ class Writer:
                 self.wake()
                 if trouble.status == dbtool.TRY_AGAIN and not self.give_up.wait(STORE_TRY_S):
                     continue
-                self.keep([record for job in batch for record in job.records], receipts, trouble)
+                self.keep(batch, receipts, trouble)
             self.outcomes += [(job, outcome) for job in batch]
             return
 
-    def store_once(self, records: list[dict[str, Any]], receipts: list[dbtool.Receipt]) -> None:
-        """Store *records* in one transaction, unless one of the *receipts* tells that they are; add its receipt if
-        COMMIT fails."""
-        receipt = None
-        # Without a key, equal rows must tell; should they be another's, the next plan finds this run missing.
-        receipts_here = [{**old, "told_by": "values"} if old["told_by"] == "nothing" else old for old in receipts]
-        try:
-            with dbtool.writing(self.path, self.schema, STORE_TRY_S) as db:
-                receipt = dbtool.insert_records(db, self.schema, dbtool.fitted(self.schema, records), "fail",
-                                                receipts_here)
-        except dbtool.CommitFailed:
-            if receipt:
-                receipts.append(receipt)
-            raise
-
-    def keep(self, records: list[dict[str, Any]], receipts: list[dbtool.Receipt], why: Failure) -> None:
+    def keep(self, batch: list[Job], receipts: list[dbtool.Receipt], why: Failure) -> None:
         """Put results aside where `dbtool.py retry`, or the next sweep, finds them."""
-        spool = dbtool.Spool(dbtool.kept_places(self.path), dbtool.file_mode(self.path))
-        spool.add("".join(as_lines(records)).encode())
-        self.kept.append((why, spool.keep(receipts)))
+        records = [record for job in batch if not job.failure for record in job.records]
+        if records:
+            path = self.results.path
+            spool = dbtool.Spool(dbtool.kept_places(path), dbtool.file_mode(path))
+            spool.add("".join(as_lines(records)).encode())
+            self.kept.append((why, spool.keep(receipts)))
 
 
 def as_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -904,16 +1298,23 @@ class Lock:
 class Sweep:
     """All runs of one call: what is done, what failed, and when to stop."""
 
-    def __init__(self, path: str, schema: Schema, runs: list[Run], command: Command,
-                 options: argparse.Namespace) -> None:
+    def __init__(self, path: str, schema: Schema, runs: list[Run], failed: Mapping[tuple[str, int], int],
+                 command: Command, options: argparse.Namespace) -> None:
         self.path, self.name, self.schema, self.command, self.options = path, options.database, schema, command, options
-        self.total = len(runs)
-        self.waiting = collections.deque(runs)
+        limit = options.limit or len(runs)
+        self.beyond_limit = len(runs[limit:])
+        self.total = len(runs) - self.beyond_limit
+        self.waiting = collections.deque(runs[:limit])
+        self.failed_before = failed  # attempts, by Run.key
         self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
         self.to_retry: dict[Run, tuple[str, str]] = {}  # why the last attempt failed, and its log
-        self.logs = options.logs or path + "-sweep"
+        self.free = make_slots(min(options.jobs, self.total))  # by their numbers
+        self.logs = Logs(options.logs or path + "-sweep", dbtool.file_mode(path))
         self.stored = self.writing = self.unfinished = 0
         self.failures: list[tuple[Run, str, str]] = []
+        self.said: set[str] = set()  # kinds of reasons
+        self.pioneers: dict[Run, bool] = {}  # the runs that were started first: whether the first attempt failed
+        self.enough_pioneers = max(LEAST_HOPE, options.jobs)
         self.signals: list[int] = []  # those that came
         self.stop_reason = ""
         self.stop_at = math.inf  # time.monotonic
@@ -921,14 +1322,18 @@ class Sweep:
 
     def go(self) -> int:
         """Run all; return the exit status."""
-        limit_descriptors(min(self.options.jobs, self.total))
+        limit_descriptors(len(self.free))
         self.check_writable()
+        self.surroundings = surroundings() if "metadata" in self.schema.by_name else {}
         self.pool = Pool(self.options.timeout or math.inf)
-        self.writer = Writer(self.path, self.schema, self.pool.wake)
+        self.writer = Writer(Results(self.path, self.schema), self.pool.wake)
         self.progress = Progress(self)
+        some = f", {self.total:,} of them to run" if self.beyond_limit else ""
+        say(f"{self.name}: {self.total + self.beyond_limit:,} runs missing{some}; {len(self.free):,} at once")
         try:
             with self.handling_signals():
                 self.writer.thread.start()
+                self.logs.thread.start()
                 try:
                     self.loop()
                 finally:
@@ -936,6 +1341,7 @@ class Sweep:
                     self.writer.close()
         finally:
             self.pool.close()
+            self.logs.close()
             self.progress.clear()
         return self.summary()
 
@@ -983,58 +1389,103 @@ class Sweep:
             self.progress.update()
 
     def fill(self) -> None:
-        while self.waiting and not self.stop_reason and len(self.pool.running) < self.options.jobs:
+        while self.waiting and not self.stop_reason and (slot := self.next_slot()):
             run = self.waiting.popleft()
-            job = Job(run, self.command.for_run(run))
+            if len(self.pioneers) < self.enough_pioneers:
+                self.pioneers.setdefault(run, False)
+            words = self.command.for_run(run, slot)
+            job = Job(run, words, slot, Log(self.log_path(run), self.logs, self.log_head(run, words)))
             folder = os.path.join(self.options.workdir, label(run, self.path)) if self.options.workdir else None
             try:
                 self.pool.start(job, folder)
+                self.free.remove(slot)
             except ValueError as error:  # a NUL in a word
-                self.failed(job, f"can't be started: {error}")
+                self.failed(job, RunFailed("not_started", f"can't be started: {error}"))
             except OSError as error:
                 if self.pool.running and error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
                     job.close()
                     self.waiting.appendleft(run)  # the machine is full: when another job has ended
                     return
-                self.failed(job, f"can't be started: {error.strerror}: {error.filename}")
+                self.failed(job, RunFailed("not_started", f"can't be started: {error.strerror}: {error.filename}"))
+
+    def next_slot(self) -> Slot | None:
+        """Return the free slot with the lowest number that need not rest, if there is one."""
+        oldest_s = time.monotonic() - next((job.began for job in self.pool.running.values()), math.inf)
+        return next((slot for slot in self.free if not slot.must_rest(oldest_s)), None)
+
+    def log_head(self, run: Run, words: list[str]) -> str:
+        return (f"command: {shlex.join(words)}\nrun: {run}\nattempt: {self.attempts[run] + 1}\n"
+                f"started: {timestamp(time.time())}\n")
 
     def collect(self, job: Job) -> None:
         """Take the result of a job that has ended."""
+        bisect.insort(self.free, job.slot)
         try:
-            job.take_result(self.schema)
-        except RecordRefused as refusal:
-            self.failed(job, job.why_refused(refusal))
+            job.take_result(self.schema, self.surroundings)
+        except RunFailed as failure:
+            job.slot.failed(job.seconds)
+            self.failed(job, failure)
         else:
-            self.writing += 1
-            self.writer.put(job)
+            job.slot.succeeded()
+            self.hand_over(job)
+
+    def hand_over(self, job: Job) -> None:
+        """Let the writer store what came of a job."""
+        job.had_failed = job.run in self.attempts or job.run.key in self.failed_before
+        self.writing += 1
+        self.writer.put(job)
 
     def written(self, job: Job, refusal: Failure | None) -> None:
         self.writing -= 1
-        if refusal is None:
-            self.stored += 1
-            with contextlib.suppress(OSError):
-                os.unlink(self.log_path(job.run))  # of an earlier failure
-            job.close()
+        if job.failure:
+            pass  # it is noted, or can't be, which costs no result
         elif isinstance(refusal, RecordRefused):
-            self.failed(job, job.why_refused(refusal))
-        else:
+            self.failed(job, job.refused(refusal))
+        elif refusal is None:
+            self.stored += 1
+            self.to_retry.pop(job.run, None)
+            if not self.options.keep_logs:
+                job.log.remove()
+            else:
+                job.log.show()
+            job.close()
+            return
+        if refusal and not isinstance(refusal, RecordRefused):
             job.close()
             self.stop(str(refusal))
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: Job, failure: RunFailed) -> None:
         if self.signals and job.why_ended == STOPPED:
             self.unfinished += 1
+            if job.run not in self.attempts:
+                job.log.remove()
+            job.close()
+            return
+        run = job.run
+        self.attempts[run] += 1
+        job.note_failure(failure, self.failed_before.get(run.key, 0) + self.attempts[run])
+        self.say_first(job, failure)
+        if self.attempts[run] <= self.options.retries:
+            self.to_retry[run] = failure.why, job.log.path
+            self.waiting.append(run)
         else:
-            self.attempts[job.run] += 1
-            log = self.write_log(job, reason)
-            if self.attempts[job.run] <= self.options.retries:
-                self.to_retry[job.run] = reason, log
-                self.waiting.appendleft(job.run)  # at once, so that a hopeless sweep is found to be one
-            else:
-                self.failures.append((job.run, reason, log))
-                if len(self.failures) == self.options.max_failures:
-                    self.stop(f"{len(self.failures)} failures")
+            self.to_retry.pop(run, None)
+            self.failures.append((run, failure.why, job.log.path))
         job.close()
+        self.hand_over(job)
+        if run in self.pioneers:
+            self.pioneers[run] = True
+            if len(self.pioneers) == self.enough_pioneers and all(self.pioneers.values()):
+                self.stop(f"failures of all the first {len(self.pioneers):,} runs")
+        if len(self.failures) == self.options.max_failures:
+            self.stop(f"{len(self.failures)} failures")
+
+    def say_first(self, job: Job, failure: RunFailed) -> None:
+        """Say at once why a run failed, if none has failed like that before."""
+        kind = f"{failure.kind} {re.sub('[0-9]+', '#', failure.why)}"
+        if kind not in self.said and len(self.said) < FAILURES_NAMED:
+            self.said.add(kind)
+            self.progress.say(f"{self.name}: {job.run}: {failure.why}; see {os.path.relpath(job.log.path)}")
 
     def stop(self, reason: str) -> None:
         """Start nothing new."""
@@ -1059,48 +1510,32 @@ class Sweep:
             self.writer.give_up.set()
 
     def log_path(self, run: Run) -> str:
-        return os.path.join(self.logs, label(run, self.path if self.options.logs else "") + ".log")
-
-    def write_log(self, job: Job, reason: str) -> str:
-        """Write down a failed job: command, reason and all that it printed."""
-        path = self.log_path(job.run)
-        head = (f"command: {shlex.join(job.words)}\nrun: {job.run}\nattempt: {self.attempts[job.run]}\n"
-                f"seconds: {job.seconds:.3f}\nreason: {reason}\n")
-        head += "".join(f"result: {line}" for line in as_lines(job.records))
-        try:
-            os.makedirs(self.logs, exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(head.encode(errors="backslashreplace"))
-                for index, title in enumerate(("output", "error")):
-                    file.write(f"--- standard {title}\n".encode())
-                    data = b"\n"
-                    for data in job.output(index):
-                        file.write(data)
-                    file.write(b"" if data.endswith(b"\n") else b"\n")
-        except OSError as error:
-            self.progress.say(f"{path}: {error.strerror}; so there is no log of {job.run}: {reason}")
-        return path
+        return os.path.join(self.logs.folder, label(run, self.path if self.options.logs else "") + ".log")
 
     def summary(self) -> int:
         """Say what was done and what is left; return the exit status."""
         left = self.total - self.stored
-        self.failures += [(run, *self.to_retry[run]) for run in self.waiting if run in self.to_retry]
+        self.failures += [(run, *why) for run, why in self.to_retry.items()]
         done = f"{self.name}: {self.stored:,} of {self.total:,} runs stored, {len(self.failures):,} failed"
         if self.unfinished:
             done += f", {self.unfinished:,} ended unfinished"
         if self.stop_reason:
             done = f"stopped by {self.stop_reason}: {done}, {left:,} left"
+        if self.beyond_limit:
+            done += f"; {self.beyond_limit:,} more are missing, beyond --limit {self.options.limit}"
         if not self.options.logs:
             with contextlib.suppress(OSError):
-                os.rmdir(self.logs)  # if it is empty now
+                os.rmdir(self.logs.folder)  # if it is empty now
+        if self.logs.trouble:
+            say(f"{self.name}: {self.logs.trouble}; so not all logs are there")
         for why, kept in self.writer.kept:
             say(f"{self.name}: {why}; {kept.note}")
         for run, reason, log in self.failures[:FAILURES_NAMED]:
             say(f"{self.name}: {run}: {reason}; see {os.path.relpath(log)}")
         more = len(self.failures) - FAILURES_NAMED
         if more > 0:
-            say(f"{self.name}: and {more:,} more failed; see {os.path.relpath(self.logs)}")
-        say(done + (f"; to go on, run: {self.options.again}" if left else ""))
+            say(f"{self.name}: and {more:,} more failed; see {os.path.relpath(self.logs.folder)}")
+        say(done + (f"; to go on, run: {self.options.again}" if left or self.beyond_limit else ""))
         if left and (self.signals or any(why.status == dbtool.TRY_AGAIN for why, _ in self.writer.kept)):
             return dbtool.TRY_AGAIN
         return dbtool.REFUSED if left else 0
@@ -1135,9 +1570,12 @@ class Progress(dbtool.Progress):
         self.sweep = sweep
         self.is_terminal = self.next < math.inf
         self.next = min(self.next, self.start + LINE_EVERY_S)
-        self.is_in_trouble = False
+        self.is_in_trouble = self.is_log_missing = False
 
     def update(self) -> None:
+        if self.sweep.logs.trouble and not self.is_log_missing:
+            self.is_log_missing = True
+            self.say(f"{self.sweep.name}: {self.sweep.logs.trouble}; the jobs go on")
         trouble = self.sweep.writer.trouble
         if trouble and trouble.status == dbtool.TRY_AGAIN and not self.is_in_trouble:
             self.say(f"{self.sweep.name}: {trouble.why}; the jobs go on, and results wait in memory until it can be"
@@ -1160,7 +1598,13 @@ class Progress(dbtool.Progress):
         rate = finished / seconds
         left = f", {clock((sweep.total - finished) / rate)} left" if rate else ""
         return (f"{sweep.stored:,} of {sweep.total:,} done, {len(sweep.pool.running):,} running,"
-                f" {len(sweep.failures):,} failed, {rate:.3g} runs/s{left}")
+                f" {len(sweep.failures):,} failed, {rate:.3g} runs/s{left}{self.longest()}")
+
+    def longest(self) -> str:
+        """Name the job that has run longest, and for how long."""
+        for job in self.sweep.pool.running.values():
+            return f"; longest: {job.run}, for {clock(time.monotonic() - job.began)}"
+        return ""
 
     def say(self, message: str) -> None:
         self.clear()
@@ -1181,13 +1625,14 @@ def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) 
     here = os.path.dirname(os.path.realpath(__file__))
     insert = [sys.executable, os.path.join(here, "dbtool.py"), "insert", os.path.realpath(options.database)]
     insert += ["--skip-text", *schema_flags(options)]
-    return (f"{shlex.join(command.for_run(run))} | {shlex.join(insert)}\n" for run in runs)
+    slot = Slot(0)  # other engines have their own
+    return (f"{shlex.join(command.for_run(run, slot))} | {shlex.join(insert)}\n" for run in runs)
 
 
-def counted(plan: Plan) -> list[str]:
-    """Return how many runs are wanted, stored and missing, as a table."""
-    names = ["parameter", "value", "wanted", "stored", "missing"]
-    return list(dbtool.FORMATS["table"](names, [plan.counts()], "", True))
+def counted(plan: Plan, style: str) -> list[str]:
+    """Return how many runs are wanted, stored and missing, and how many of those have failed, in one of the formats."""
+    names = ["parameter", "value", "wanted", "stored", "missing", "failed"]
+    return list(dbtool.FORMATS[style](names, [plan.counts()], "", True))
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -1203,11 +1648,19 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         options, unknown = self.parse_known_args(arguments)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            meant = dbtool.nearest(unknown[0], flags) if unknown[0][:2] == "--" else ""
-            raise Failure(f"unrecognized arguments: {' '.join(unknown)}{meant or '; the command stands after --'};"
-                          f" {SEE_HELP}", dbtool.USAGE)
+            raise Failure(f"unrecognized arguments: {' '.join(unknown)}{self.hint(unknown)}; {SEE_HELP}", dbtool.USAGE)
         return options
+
+    def hint(self, unknown: list[str]) -> str:
+        """Say what may have been meant by arguments that are not known."""
+        flag, equals, value = unknown[0].partition("=")
+        if flag[:2] != "--":
+            return "; the command stands after --"
+        meant = dbtool.closest(flag, [flag for action in self._actions for flag in action.option_strings], 0.75)
+        if meant:
+            return f"; did you mean {shown(meant)}?"
+        values = value if equals else unknown[1] if len(unknown) > 1 else "VALUES"
+        return f"; a parameter is given as -p {dbtool.for_shell(f'{flag[2:]}={values}')}"
 
 
 def parser() -> Parser:
@@ -1225,17 +1678,25 @@ def parser() -> Parser:
     add("--jobs", type=positive, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
         os.cpu_count() or 1, metavar="N", help="how many run at once (default: CPUs)")
     add("--timeout", type=seconds, metavar="SECONDS", help="end a job that takes longer; it has failed")
-    add("--retries", type=natural, default=0, metavar="K", help="try a failed run again, up to K times (default: 0)")
+    add("--limit", type=positive, metavar="N", help="run at most N of the missing ones (default: all)")
+    add("--failed", choices=("run", "skip", "only", "forget"), default="run",
+        help="runs that failed before: run them last, skip them, run only them, or forget that they failed")
+    add("--retries", type=natural, default=0, metavar="K",
+        help="try a failed run again, in the end, up to K times (default: 0)")
     add("--max-failures", type=positive, metavar="N", help="start nothing more after N failed runs (default: go on)")
     add("--grace", type=seconds, default=GRACE_S, metavar="SECONDS",
         help=f"how long running jobs may go on after a signal (default: {GRACE_S:g})")
-    add("--logs", metavar="DIR", help="where the logs of failed jobs go (default: DATABASE-sweep)")
+    add("--append", metavar="TEMPLATE", help="how parameters without a place in COMMAND are added to it, such as"
+        " '--{name-} {value}' with hyphens, or '{name}={value}' (default: '--{name} {value}' if none has a place)")
+    add("--logs", metavar="DIR", help="where the logs of running and failed jobs go (default: DATABASE-sweep)")
+    add("--keep-logs", action="store_true", help="keep the logs of jobs that succeeded too")
     add("--workdir", metavar="DIR", help="run each job in a directory of its own in DIR; then give files as full paths")
     add = result.add_mutually_exclusive_group().add_argument
     add("--dry-run", action="store_true", help="print how many runs are wanted, stored and missing, by parameter")
     add("--list", action="store_true",
         help="print the missing runs as lines of shell for other engines, which know nothing of the other flags")
     add = result.add_argument
+    add("--format", choices=dbtool.FORMATS, default="table", help="how --dry-run prints (default: table)")
     add("--call", default="", metavar="MODULE:FUNCTION", help="call a Python function, which returns the result")
     add("--schema", metavar="FILE", help="what defines the columns (default: as dbtool.py)")
     add("--table", metavar="NAME", help="which table of the schema (default: as dbtool.py)")
@@ -1269,16 +1730,28 @@ def schema_flags(options: argparse.Namespace) -> list[str]:
     return [*flags, "--table", table] if table else flags
 
 
+def line_to_go_on(program: str, arguments: list[str], options: argparse.Namespace) -> str:
+    """Return the command that goes on with a sweep, also in a terminal with another environment."""
+    given = [] if options.schema else schema_flags(options)[:2 if os.environ.get("DBTOOL_SCHEMA") else 0]
+    if not options.table and os.environ.get("DBTOOL_TABLE"):
+        given += ["--table", os.environ["DBTOOL_TABLE"]]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    words = ["python3", program, *arguments[:split], *given, *arguments[split:]]
+    journal = os.environ.get("DBTOOL_JOURNAL")
+    return (f"DBTOOL_JOURNAL={dbtool.for_shell(journal)} " if journal else "") + " ".join(map(dbtool.for_shell, words))
+
+
 def chosen_axes(options: argparse.Namespace, schema: Schema) -> list[Axis]:
     """Return the axes that the command line names, and read the file of --params."""
-    axes = [axis_of_flag(schema, flag) for flag in options.axes]
+    axes = [axis_of_flag(schema, flag, options.database) for flag in options.axes]
     if options.params:
         with contextlib.ExitStack() as stack:
             if options.params == "-" and not sys.stdin:
                 raise Failure("--params -: standard input is closed")
             file = sys.stdin.buffer if options.params == "-" else stack.enter_context(open(options.params, "rb"))
             try:
-                axes.append(axis_of_records(schema, dbtool.records(dbtool.pieces(file)), options.samples))
+                axes.append(axis_of_records(schema, dbtool.records(dbtool.pieces(file)), options.samples,
+                                            options.database))
             except NoRecord:
                 raise Failure(f"--params {options.params}: {NO_OBJECT}") from None
             except ParamsRefused:
@@ -1305,33 +1778,65 @@ def run_missing(path: str, schema: Schema, command: Command, axes: Sequence[Axis
             if status:
                 say(f"{name}: the runs of what is still kept count as missing")
         with planning(path, schema, axes, options.samples, options.where) as plan:
-            runs, combinations, unnumbered = plan.missing(options.order), plan.combinations(), plan.unnumbered()
-        if not runs:
-            say(f"{name}: nothing is missing{'' if combinations else ': no combination satisfies --where'}")
+            runs, combinations = plan.chosen(options.order, options.failed), plan.combinations()
+            unnumbered, wanted = plan.unnumbered(), plan.most_samples()
+        forget_failures(path, schema, plan, options)
+        if not runs or not (command.words or command.call):
+            say(f"{name}: {why_nothing(plan, combinations, options)}")
             return 0
-        if unnumbered and (options.call or "sample" in command.braced):
+        if unnumbered and command.knows_sample():
             say(f"{name}: rows there without metadata.sample, {unnumbered:,}, are taken for the first samples")
-        return Sweep(path, schema, runs, command, options).go()
+        if wanted > 1 and not command.knows_sample():
+            say(f"{name}: {wanted:,} samples, but no job is told which one it is ({{sample}} in COMMAND, or an argument"
+                " of that name): unless it makes a seed by itself, all of them are the same")
+        if plan.is_new and "metadata" not in schema.by_name:
+            say(f"{name}: {schema.path} has no column metadata, so no row will say which command, sample, host and"
+                " commit it comes from, nor when it ran")
+        failed = {} if options.failed == "forget" else plan.failed
+        return Sweep(path, schema, runs, failed, command, options).go()
     finally:
         lock.release()
+
+
+def forget_failures(path: str, schema: Schema, plan: Plan, options: argparse.Namespace) -> None:
+    """Remove what an earlier sweep of this grid noted of runs that have a row by now, and with --failed forget all."""
+    keys = [*plan.resolved, *(plan.failed if options.failed == "forget" else ())]
+    if keys:
+        with dbtool.writing(path, schema, dbtool.LOCK_TIMEOUT_S) as db:
+            forget(db, keys)
+
+
+def why_nothing(plan: Plan, combinations: int, options: argparse.Namespace) -> str:
+    """Say why there is nothing to run."""
+    if options.failed == "forget":
+        return f"forgot {len(plan.failed):,} failures"
+    if not combinations:
+        return "nothing is missing: no combination satisfies --where"
+    if plan.failed:
+        return f"nothing is missing but {len(plan.failed):,} runs that failed before, which --failed skip leaves out"
+    return "nothing is missing that failed before" if options.failed == "only" else "nothing is missing"
 
 
 def sweep(options: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line says; return the exit status."""
     path, schema = os.path.realpath(options.database), dbtool.read_schema(options.schema, options.table)
-    if not options.dry_run and bool(words) == bool(options.call):
+    if FAILURES in [name for _, name, _ in schema.objects]:
+        raise Failure(f"{schema.path} has a {FAILURES}, which is where a sweep notes what failed; call it otherwise")
+    may_be_none = options.dry_run or (options.failed == "forget" and not words)
+    if not may_be_none and bool(words) == bool(options.call):
         raise Failure("give a command after --, or --call MODULE:FUNCTION" + ", not both" * bool(words), dbtool.USAGE)
     with dbtool.SIGNALS:
         axes = chosen_axes(options, schema)
     if options.workdir and words and "/" in words[0]:
         words = [os.path.abspath(words[0]), *words[1:]]
-    command = Command(words, options.call, names_of(axes))
+    command = Command(words, options.call, names_of(axes), options.append)
     if words or options.call:
         command.check(schema, axes)
 
     if options.dry_run or options.list:
         with planning(path, schema, axes, options.samples, options.where) as plan:
-            lines = counted(plan) if options.dry_run else shell_lines(plan.missing(options.order), command, options)
+            lines = counted(plan, options.format) if options.dry_run else shell_lines(
+                plan.chosen(options.order, options.failed)[:options.limit], command, options)
         dbtool.write_out(lines)
         return 0
     if not os.path.isdir(os.path.dirname(path)):
@@ -1349,8 +1854,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse(arguments[:split])
         if not options.database:
             raise Failure("the DATABASE has no name", dbtool.USAGE)
-        words = ["python3", sys.argv[0] if argv is None else "sweep.py", *arguments]
-        options.again = " ".join(map(dbtool.for_shell, words))
+        options.again = line_to_go_on(sys.argv[0] if argv is None else "sweep.py", arguments, options)
         if options.params == "-":
             options.again = f"… | {options.again}"
         where = f"{options.database}: "

@@ -372,6 +372,7 @@ def test_a_signal_while_waiting_for_the_lock(db_path, number):
         db.execute("BEGIN IMMEDIATE")
         with start(db_path) as child:
             child.stdin.write(DATA)
+            child.stdin.flush()
             wait_until_read(child)
             child.stdin.close()
             time.sleep(0.3)

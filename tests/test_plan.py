@@ -137,7 +137,8 @@ def test_the_command_gets_the_parameters_appended_or_where_they_stand(listed):
 def test_parameters_that_vary_must_reach_the_job_in_part_at_least(call_sweep, listed):
     result = call_sweep("r.db", "--list", "-p", "n=1,2", "-p", "x=1,2", "-p", "name=a", "--", "echo", "{n}")
     assert (result.status, result.out, result.err) == (
-        2, "", "sweep: r.db: x varies, but COMMAND has no {x}, so that no job would know it\n")
+        2, "", "sweep: r.db: x varies, but COMMAND has no {x}, so that no job would know it; to append what has no place, give"
+        " --append '--{name} {value}'\n")
     assert len(listed("-p", "n=1,2", "-p", "name=a", command=["echo", "{n}"])) == 2
     assert len(listed("--params", "-", stdin=b'{"n": 1, "x": 2}{"n": 2, "x": 3}', command=["echo", "{n}"])) == 2
 
@@ -247,13 +248,13 @@ def test_dry_run_counts_by_parameter_and_touches_nothing(call_sweep, tmp_path):
     result = call_sweep("r.db", "-p", "n=1,2", "-p", "name=a,b", "--samples", "2", "--dry-run")
     assert (result.status, result.err) == (0, "")
     assert result.out == """\
-parameter  value  wanted  stored  missing
----------  -----  ------  ------  -------
-all                    8       3        5
-n              1       4       2        2
-n              2       4       1        3
-name           a       4       3        1
-name           b       4       0        4
+parameter  value  wanted  stored  missing  failed
+---------  -----  ------  ------  -------  ------
+all                    8       3        5       0
+n              1       4       2        2       0
+n              2       4       1        3       0
+name           a       4       3        1       0
+name           b       4       0        4       0
 """
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert call_sweep("none.db", "-p", "n=1", "--dry-run").status == 0

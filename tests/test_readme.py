@@ -15,7 +15,7 @@ import dbtool
 README = (ROOT / "README.md").read_text()
 STEPS = [step for block in re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
          for step in re.findall(r"^\$ (.*?)\n((?:(?!\$ ).*\n)*)", block, re.M)]
-VARYING = [(r"\d{8}T\d{6}\.\d{6}Z-\S+?-\d+-[0-9a-f]{16}\.json", "KEPT.json"), (r"\b[0-9a-f]{32}\b", "ID"),
+VARYING = [(r"\d{8}T\d{6}\.\d{6}Z-\S+?-\d+-[0-9a-f]{16}\.json", "KEPT.json"), (r"\b[0-9a-f]{32}\b", "ID"), (r"\b\d+ at once\b", "N at once"),
            (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME")]
 
 

@@ -27,6 +27,7 @@ import sweep
 
 SCHEMA = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
 LONG = f"90.{os.getpid():08}"  # seconds of sleep, by which this run's processes can be told from all others
+STARTING_LINE = re.compile(r"^sweep: .*: [0-9,]+ runs missing(, [0-9,]+ of them to run)?; [0-9,]+ at once\n", re.M)
 GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]
 
 
@@ -38,12 +39,12 @@ def _schema(tmp_path, monkeypatch):
 
 @pytest.fixture
 def swept(call_sweep):
-    """Run a sweep in this process that must end with *status*; return what it said."""
+    """Run a sweep in this process that must end with *status*; return what it said after its starting line."""
 
     def run(*arguments, status=0):
         result = call_sweep("r.db", *arguments)
         assert (result.status, result.out) == (status, ""), result.err
-        return result.err
+        return STARTING_LINE.sub("", result.err)
 
     return run
 
@@ -96,7 +97,9 @@ def sleeping():
 
 def test_every_missing_run_becomes_a_row_and_the_next_call_runs_nothing(swept):
     command = ["-p", "n=1..5", "--samples", "2", "--jobs", "3", "--", *GOOD]
-    assert swept(*command) == "sweep: r.db: 10 of 10 runs stored, 0 failed\n"
+    assert swept(*command) == (
+        "sweep: r.db: 2 samples, but no job is told which one it is ({sample} in COMMAND, or an argument of that name):"
+        " unless it makes a seed by itself, all of them are the same\nsweep: r.db: 10 of 10 runs stored, 0 failed\n")
     assert stored() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert swept(*command) == "sweep: r.db: nothing is missing\n"
     assert sorted(os.listdir()) == ["r.db", "runs.sql"]
@@ -115,13 +118,14 @@ def test_metadata_tells_command_sample_start_and_seconds(swept):
 
 def test_what_the_job_says_stays(swept):
     swept("-p", "n=7", *shell('echo "{\\"n\\": 7.0, \\"loss\\": NaN, \\"metadata\\": {\\"mine\\": 1}}"'))
-    assert dbtool.query("r.db", "SELECT * FROM runs") == [{"n": 7, "loss": None, "metadata": '{"mine":1}'}]
+    [row] = dbtool.query("r.db", "SELECT * FROM runs")
+    assert (row["n"], row["loss"]) == (7, None) and json.loads(row["metadata"]).items() > {"mine": 1, "sample": 1}.items()
 
 
 def test_rows_that_do_not_say_their_sample_bring_a_warning(swept):
-    job = shell('test "$2" -gt 1 && echo "{\\"loss\\": 1, \\"metadata\\": {\\"own\\": 1}}"')
-    assert "2 of 3 runs stored, 1 failed" in swept("-p", "n=1", "--samples", "3", *job, status=1)
-    said = swept("-p", "n=1", "--samples", "3", *job)
+    for _ in range(2):
+        dbtool.insert("r.db", [{"n": 1, "loss": 1}])
+    said = swept("-p", "n=1", "--samples", "3", *shell('echo "{\\"loss\\": 1}"'))
     assert said.startswith("sweep: r.db: rows there without metadata.sample, 2, are taken for the first samples\n")
 
 
@@ -200,8 +204,8 @@ def test_bytes_that_are_no_text_may_stand_in_the_command(swept):
 def test_a_failed_job_is_named_with_its_reason_and_its_log_stays(swept, script, reason):
     script = f'if [ "$1" = 1 ]; then :; {script}; else echo "{{\\"loss\\": 0}}"; fi'
     said = swept("-p", "n=1,2", "--jobs", "2", *shell(script), status=1)
-    first, last = said.splitlines()
-    assert first.startswith("sweep: r.db: n=1 sample=1: ") and reason in first, said
+    first, again, last = said.splitlines()
+    assert first == again and first.startswith("sweep: r.db: n=1 sample=1: ") and reason in first, said
     assert last.startswith("sweep: r.db: 1 of 2 runs stored, 1 failed; to go on, run: python3 ")
     path = first.rpartition("; see ")[2]
     assert path.startswith("r.db-sweep/") and reason in Path(path).read_text()
@@ -212,8 +216,8 @@ def test_a_failed_job_is_named_with_its_reason_and_its_log_stays(swept, script, 
 def test_the_log_has_what_the_job_printed(swept):
     swept("-p", "n=1", "--logs", "deep/logs", *shell("echo to out; echo to err >&2; exit 1"), status=1)
     [log] = Path("deep/logs").iterdir()
-    assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nseconds: \d\.\d{3}\nreason: exit status 1 \(to err\)\n"
-                        r"--- standard output\nto out\n--- standard error\nto err\n", log.read_text())
+    assert re.fullmatch(r"command: .*\nrun: n=1 sample=1\nattempt: 1\nstarted: \S+Z\n(to out\nto err|to err\nto out)\n"
+                        r"seconds: \d\.\d{3}\nreason: exit status 1 \(to err\)\n", log.read_text())
 
 
 def test_a_refused_result_can_be_mended_and_inserted(swept, expect_success):
@@ -236,9 +240,10 @@ def test_a_failure_of_one_does_not_spoil_the_batch(swept):
 
 
 def test_the_summary_names_the_first_ten(swept):
-    said = swept("-p", "n=1..12", "--", "false", status=1).splitlines()
-    assert len(said) == 12 and said[10] == "sweep: r.db: and 2 more failed; see r.db-sweep"
-    assert said[11].startswith("sweep: r.db: 0 of 12 runs stored, 12 failed; to go on, run: ")
+    said = swept("-p", "n=1..13", *shell('test $1 = 1 && echo "{\\"loss\\": 1}"'), status=1).splitlines()
+    assert len(said) == 13 and said[0] == said[1]  # the first of its kind is named at once
+    assert said[11] == "sweep: r.db: and 2 more failed; see r.db-sweep"
+    assert said[12].startswith("sweep: r.db: 1 of 13 runs stored, 12 failed; to go on, run: ")
 
 
 def test_retries_try_again_and_success_removes_the_log(swept):
@@ -250,7 +255,7 @@ def test_retries_try_again_and_success_removes_the_log(swept):
 
 
 def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
-    script = 'if [ "$1" = 1 ]; then sleep 0.3; echo "{\\"loss\\": 1}"; else exit 1; fi'
+    script = 'if [ "$1" = 1 ]; then sleep 2; echo "{\\"loss\\": 1}"; else exit 1; fi'
     said = swept("-p", "n=1..100", "--jobs", "2", "--max-failures", "3", *shell(script), status=1)
     assert "sweep: stopped by 3 failures: r.db: 1 of 100 runs stored, 3 failed, 99 left; to go on, run: " in said
     assert stored() == [1]
@@ -263,10 +268,10 @@ def test_a_result_that_says_null_contradicts(swept, tmp_path):
 
 
 def test_max_failures_counts_a_run_only_when_its_retries_failed_too(swept):
-    said = swept("-p", "n=1..40", "--jobs", "1", "--retries", "2", "--max-failures", "2",
+    said = swept("-p", "n=1..4", "--jobs", "1", "--retries", "2", "--max-failures", "2",
                  *shell('echo "$1" >> tried; exit 1'), status=1)
-    assert "stopped by 2 failures: r.db: 0 of 40 runs stored, 2 failed, 40 left" in said
-    assert Path("tried").read_text().split() == ["1"] * 3 + ["2"] * 3
+    assert "stopped by 2 failures: r.db: 0 of 4 runs stored, 4 failed, 4 left" in said
+    assert Path("tried").read_text().split() == list("1234123412")  # a failed run is tried again in the end
 
 
 def test_a_run_that_failed_and_was_not_tried_again_is_named(swept):
@@ -367,13 +372,16 @@ def test_a_signal_stops_it_stores_what_finishes_and_says_how_to_go_on(number):
     wait_for(lambda: len(sleeping()) == 2)
     running.send_signal(number)
     said = running.stderr.readline()
+    assert STARTING_LINE.fullmatch(said)
+    said = running.stderr.readline()
     assert said == f"sweep: {number.name}: waiting 10 s for 3 running jobs; a second signal ends them now\n"
     wait_for(lambda: stored() == [1])
     running.send_signal(number)
     out, said = running.communicate(timeout=20)
     assert (running.returncode, out) == (75, "")
     assert said == (f"sweep: stopped by {number.name}: r.db: 1 of 9 runs stored, 0 failed, 2 ended unfinished, 8 left;"
-                    f" to go on, run: python3 {shlex.join([SWEEP, 'r.db', *arguments])}\n")
+                    f" to go on, run: python3 {shlex.join([SWEEP, 'r.db', *arguments[:4], '--schema', os.path.realpath('runs.sql')])}"
+                    f" {shlex.join(arguments[4:])}\n")
     assert processes(LONG) == [] and logs() == {}
     assert sorted(os.listdir()) == ["r.db", "runs.sql"]
 
@@ -606,7 +614,8 @@ def test_too_few_descriptors_are_an_error_at_once():
         "sweep: r.db: --jobs 1000 needs 4100 open files; this system allows 256\n")
     running = start("-p", "n=1,2", "--jobs", "1000", "--", *GOOD,
                     preexec_fn=lambda: __import__("resource").setrlimit(7, (256, 256)))
-    assert running.communicate(timeout=20)[1] == "sweep: r.db: 2 of 2 runs stored, 0 failed\n"
+    assert running.communicate(timeout=20)[1] == (
+        "sweep: r.db: 2 runs missing; 2 at once\nsweep: r.db: 2 of 2 runs stored, 0 failed\n")
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
@@ -631,11 +640,9 @@ def test_signals_at_the_end_do_not_change_the_status():
         running.communicate()
 
 
-def test_what_has_no_result_is_tried_again_before_anything_else(swept):
-    said = swept("-p", "n=1..5", "--jobs", "1", "--retries", "1", "--max-failures", "2",
-                 *shell('echo "$1" >> tried; echo text'), status=1)
-    assert "stopped by 2 failures: r.db: 0 of 5 runs stored, 2 failed, 5 left" in said
-    assert Path("tried").read_text().split() == ["1", "1", "2", "2"]
+def test_what_has_no_result_is_tried_again(swept):
+    swept("-p", "n=1,2", "--jobs", "1", "--retries", "1", *shell('echo "$1" >> tried; echo text'), status=1)
+    assert Path("tried").read_text().split() == ["1", "2", "1", "2"]
 
 
 def test_the_lock_on_a_full_disk_changes_no_status(swept, monkeypatch, tmp_path):

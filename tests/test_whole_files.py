@@ -653,7 +653,7 @@ def test_migrate_of_comments_alone_is_nothing(expect_success, db_path, tmp_path)
 def test_migrate_makes_a_missing_table(expect_success, expect_failure, db_path):
     sql(db_path, "CREATE TABLE mine (x)")
     assert "has no table results" in expect_failure("insert", db_path, stdin=RECORD)
-    assert expect_success("migrate", db_path) == "create table results\n"
+    assert expect_success("migrate", db_path) == "create table results\ncreate view runs\n"
     expect_success("insert", db_path, stdin=RECORD)
     assert "there is no such file" in expect_failure("migrate", "none.db")
 
