@@ -178,7 +178,7 @@ def complain(text: str) -> None:
 def one_line(text: str) -> str:
     """Return *text* with an escape for each character that can't be printed, such as a newline in a file's name."""
     return text if text.isprintable() else "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 program_name = "dbtool"  # of the script that runs, for its messages
@@ -1434,9 +1434,12 @@ def copy_bytes(source: Any, start: int, target: Any, size: int) -> None:
 
 
 def file_mode(path: str) -> int:
-    """Return the rights of files made for the database at *path*: no more than its own; the umask takes from them."""
+    """Return the rights of files made for the database at *path*: no more than its own but for their owner.
+
+    The umask takes from them.
+    """
     try:
-        return os.stat(path).st_mode & 0o666
+        return os.stat(path).st_mode & 0o666 | 0o600
     except OSError:  # it does not exist yet
         return 0o666
 
