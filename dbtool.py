@@ -340,7 +340,7 @@ def read_schema(path: str | None = None, table: str | None = None) -> Schema:
             return Schema(path, table, columns_of(db, table), objects)
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; name the schema with --schema FILE or DBTOOL_SCHEMA") from None
-    except (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError) as error:
+    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # the last if it is not UTF-8, or holds a NUL
         SIGNALS.check()
         raise Failure(f"{path}: {error}") from None
 
@@ -1567,16 +1567,16 @@ def kept_files(path: str) -> tuple[list[str], list[Failure]]:
 def open_kept(path: str) -> io.FileIO:
     """Open a file that was kept; raise Failure if it is not a regular file of this user, who made it."""
     try:
-        file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
             raise not_kept_by_user() from None
         raise
-    status = os.fstat(file.fileno())
+    status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-        file.close()
+        os.close(descriptor)
         raise not_kept_by_user()
-    return file
+    return io.FileIO(descriptor, "r")
 
 
 def not_kept_by_user() -> Failure:
@@ -1608,9 +1608,9 @@ def read_receipts(path: str, schema: Schema) -> list[Receipt]:
                                   json_or_blob(value))
     except FileNotFoundError:
         return []
-    except ValueError:  # torn: it is written whole before COMMIT, so COMMIT had not begun
+    except (json.JSONDecodeError, UnicodeDecodeError):  # torn: it is written whole before COMMIT, which had not begun
         return []
-    except RecursionError:
+    except (ValueError, RecursionError):
         receipts = None
     if isinstance(receipts, list) and receipts and all(is_receipt(receipt, schema) for receipt in receipts):
         return receipts
@@ -1764,7 +1764,7 @@ def remove_wal(path: str) -> None:
     try:
         with contextlib.closing(connect(file_uri(path) + "?mode=rw")) as db:
             scalar(db, "SELECT count(*) FROM sqlite_master")
-    except sqlite3.Error:
+    except DATABASE_ERRORS:
         pass  # a writer is at work, and will remove them; or the file has been renamed
 
 

@@ -76,6 +76,7 @@ FIRST_REST_S, LONGEST_REST_S = 0.5, 60.0  # how long its slot then rests
 LOG_AFTER_S = 1.0  # a job that has run so long has a log that can be looked at
 LOG_BYTES_HELD = 1 << 20  # as has one that printed more than that
 LOG_BYTES_WAITING = 1 << 26  # beyond this, what a slow disk does not take is left out of the logs
+LOG_LEAVES_BYTES = 1 << 24  # so much room on the disk is left to results
 LOGS_END_S = 5.0  # how long the end of a sweep waits for the last of its logs
 TAIL_BYTES = 4096  # of standard error, in which its last line is looked for
 LAST_WORDS = 100  # characters of a failed job's last line on standard error that its reason has
@@ -707,6 +708,9 @@ class Logs:
             os.makedirs(self.folder, self.mode | (self.mode & 0o444) >> 2, exist_ok=True)
             descriptor = os.open(path, flags, self.mode)
         with open(descriptor, "wb", buffering=0) as file:
+            room = os.fstatvfs(descriptor)
+            if room.f_bavail * room.f_frsize < LOG_LEAVES_BYTES + len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             dbtool.write_all(file, data)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,18 @@ def pytest_configure():
     shared = "/dev/shm"
     if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 4e9:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", shared)
+    heed_signals()
+
+
+def heed_signals() -> None:
+    """Let programs that the tests start heed all signals, though the tests were started to ignore some.
+
+    A script's background ignores SIGINT, and nohup SIGHUP. A handler that does nothing ignores it here,
+    but is not inherited: what is executed gets the default action.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those Python ignores, but not for others
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def need(found: object, what: str) -> None:
