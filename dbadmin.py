@@ -18,6 +18,7 @@ disk full, I/O error); 128+N stopped by signal N. Messages go to standard error,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -55,8 +56,9 @@ def merge(path: str, source: str, schema: Schema, timeout: float = dbtool.LOCK_T
     """
     path, source = realpath(path), realpath(source)
     if not schema.key or schema.key[0].rowid:
-        raise Failure(f"the key of {schema.table} is a number that every file counts for itself, so the same one"
-                      " means different rows; merge needs a primary key that is unique everywhere")
+        what = "is a number that every file counts for itself" if schema.key else "is missing"
+        raise Failure(f"the key of {schema.table} {what}, so that nothing tells whether rows of two files are the"
+                      " same; merge needs one that is unique everywhere, such as the id of the shipped schema.sql")
     with dbtool.reading(source, timeout) as db:
         if exists(path) and os.path.samefile(path, source):
             raise Failure("is the very file to merge into")
@@ -106,8 +108,11 @@ def add_rows(db: Connection, source: str, names: Sequence[str], schema: Schema, 
     different = 0
     if added < total:
         theirs, ours = (", ".join(f"{side}.{name}" for name in quoted) for side in "so")
-        different = scalar(db, f"SELECT count(*) FROM source.{table} AS s JOIN main.{table} AS o USING ({key})"
-                               f" WHERE ({theirs}) IS NOT ({ours})")
+        there, different = db.execute(
+            f"SELECT count(*), sum(({theirs}) IS NOT ({ours})) FROM source.{table} AS s JOIN main.{table} AS o"
+            f" USING ({key})").fetchone()
+        if there < total:
+            raise Failure(f"{total - there:,} rows are not there after merging: a trigger of the file drops them")
     dbtool.check_unchanged(source, uri, before)
     return added, total - added, different
 
@@ -142,7 +147,7 @@ def snapshot(path: str, target: str, timeout: float = dbtool.LOCK_TIMEOUT_S) -> 
                 dbtool.sync_folder(target)
     finally:
         PROGRESS.clear()
-        dbtool.remove(temporary)
+        dbtool.unlink(temporary)
 
 
 def check_target(path: str, target: str) -> None:
@@ -393,9 +398,9 @@ def why_not(db: Connection, sql: str) -> str:
 def unusable(db: Connection) -> list[tuple[str, str]]:
     """Return which views, and the triggers of which tables and views, do not compile, and why."""
     select = "SELECT DISTINCT tbl_name FROM sqlite_master WHERE type = ?"
-    found = [(f"view {name}", why) for name, in db.execute(select, ["view"]).fetchall()
+    found = [(f"view {name}", why) for (name,) in db.execute(select, ["view"]).fetchall()
              if (why := why_not(db, f"SELECT * FROM {quote(name)} LIMIT 0"))]
-    for name, in db.execute(select, ["trigger"]).fetchall():
+    for (name,) in db.execute(select, ["trigger"]).fetchall():
         if not why_not(db, f"PRAGMA table_xinfo({quote(name)})"):  # else it is one of those views
             found += [(f"a trigger of {name}", why) for change in changes_of(db, name)
                       if (why := why_not(db, f"EXPLAIN {change}")) and "because it is a view" not in why]
@@ -423,7 +428,8 @@ def merge_command(options: Options) -> int:
         except (Failure, OSError) as error:
             failure = as_failure(error, name)
             raise Failure(f"{name}: {failure}", failure.status) from None
-        dbtool.write_out([f"{name}: {added} added, {known} known\n"])
+        with contextlib.suppress(BrokenPipeError):  # the rest is to be merged all the same
+            dbtool.write_out([f"{name}: {added} added, {known} known\n"])
         if different:
             dbtool.report(f"{options.name}: {name}: {different} known rows have other values there; they were not taken"
                           " over")

@@ -32,8 +32,10 @@ if __name__ == "__main__":  # until there is a handler, a signal would end the p
 
 try:
     import codecs
+    import collections
     import contextlib
     import errno
+    import functools
     import io
     import itertools
     import json
@@ -173,6 +175,11 @@ def complain(text: str) -> None:
             sys.stderr.flush()
     except OSError:
         pass
+
+
+def pass_on(line: str) -> None:
+    with SIGNALS:  # who reads it may be slow
+        complain(line)
 
 
 def one_line(text: str) -> str:
@@ -549,7 +556,9 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 read_value = json.JSONDecoder(parse_float=finite, object_pairs_hook=distinct).raw_decode
 WHITESPACE = " \t\r\n\ufeff"  # between records; PowerShell and others write a byte order mark
-ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\^_])")  # an ANSI escape sequence: ECMA-48, section 5.4
+# ANSI escape sequences (ECMA-35, ECMA-48; xterm's titles), and the SI that `tput sgr0` sends some terminals.
+ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])|\x0f")
+RECORD_BEGINS = re.compile(r'(?:\[\s*)?\{\s*(["}]|\Z)|\[\s*\Z')  # as far as can be seen
 ESCAPE_LENGTH = 32  # no longer one is waited for
 TAIL = 16  # an error this close to the end of the text may only mean that more is to come
 TOP, FIRST, NEXT, ELEMENT = "top level", 'after "["', "after an element", 'after ","'  # where a list of records is
@@ -562,10 +571,11 @@ class Text:
     def __init__(self, chunks: Iterable[bytes], skip_text: bool) -> None:
         self.incoming, self.skip_text = iter(chunks), skip_text
         # A byte that is not UTF-8 becomes half of a surrogate pair, which no record may hold, but a line of text may.
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if skip_text else "strict")
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if skip_text else "strict")
+        # A progress bar ends a line by going back to its start.
+        self.decoder: Any = io.IncrementalNewlineDecoder(decoder, translate=True) if skip_text else decoder
         self.text, self.position, self.line, self.count = "", 0, 1, 0
         self.broken, self.ended, self.starts_line = "", False, True
-        self.held = ""  # a carriage return at the very end, which may be half of CRLF
 
     def more(self) -> bool:
         """Add as much text as is unread, so that a long record is scanned only a few times; False if it has ended."""
@@ -576,8 +586,7 @@ class Text:
         pieces = [self.text[start:]]
         wanted = len(pieces[0])
         while wanted >= 0 and not self.ended:
-            piece = self.decoded(next(self.incoming, None))
-            pieces.append(self.with_line_feeds(piece) if self.skip_text else piece)
+            pieces.append(self.decoded(next(self.incoming, None)))
             wanted -= len(pieces[-1])
         self.text, self.position = "".join(pieces), self.position - start
         return True
@@ -585,24 +594,17 @@ class Text:
     def decoded(self, chunk: bytes | None) -> str:
         self.ended = chunk is None
         try:
-            return self.decoder.decode(chunk or b"", self.ended)
+            return str(self.decoder.decode(chunk or b"", self.ended))
         except UnicodeDecodeError as error:
             self.broken, self.ended = f"byte 0x{error.object[error.start]:02x} is not UTF-8", True
             return error.object[:error.start].decode()
-
-    def with_line_feeds(self, piece: str) -> str:
-        """Return *piece* with "\n" for each end of a line: a progress bar ends it by going back to its start."""
-        piece, self.held = self.held + piece, ""
-        if piece.endswith("\r") and not self.ended:
-            piece, self.held = piece[:-1], "\r"
-        return piece.replace("\r\n", "\n").replace("\r", "\n")
 
     def next(self) -> str:
         """Go on to the next character that is no white space; return it, or nothing at the end."""
         while True:
             while self.position < len(self.text):
                 char = self.text[self.position]
-                if char == "\x1b" and self.skip_text and (length := self.escape_length()):
+                if char in "\x1b\x0f" and self.skip_text and (length := self.escape_length()):
                     self.position += length
                 elif char in WHITESPACE:
                     self.starts_line = self.starts_line or char == "\n"
@@ -651,20 +653,10 @@ class Text:
 
     def begins_record(self) -> bool:
         """Tell whether an object, or an array of objects, begins here, and not a line of text such as {'a': 1}."""
-        first = self.text[self.position]
-        if first not in "{[":
-            return False
-        beginnings = ('[{"', "[{}") if first == "[" else ('{"', "{}")
-        length = len(beginnings[0])
-        looked_at = 64
-        while True:
-            ahead = "".join(self.text[self.position:self.position + looked_at].split())[:length]
-            if len(ahead) == length or not beginnings[0].startswith(ahead):
-                return ahead in beginnings
-            if self.position + looked_at < len(self.text):
-                looked_at *= 2
-            elif not self.more():
-                return first == "{"  # cut off in the middle
+        while match := RECORD_BEGINS.match(self.text, self.position):
+            if match[1] or not self.more():
+                return bool(match[1]) or self.text[self.position] == "{"  # cut off in the middle
+        return False
 
     def rest_of_line(self) -> str:
         while (end := self.text.find("\n", self.position)) < 0 and self.more():
@@ -767,7 +759,7 @@ def why_not_opened(path: str) -> Failure:
     try:
         temporary, file = new_temporary(path)
         file.close()
-        os.unlink(temporary)
+        unlink(temporary)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             return Failure(f"cannot be opened: {error.strerror}", as_failure(error, path).status)
@@ -858,8 +850,11 @@ def writing(path: str, schema: Schema | None, timeout: float) -> Iterator[Connec
     deadline = time.monotonic() + timeout
     try:
         with contextlib.closing(connect(file_uri(path) + "?mode=rwc")) as db:  # closing rolls back, without COMMIT
+            opened = os.stat(path)
             begin_to_write(db, path, schema, deadline)
             yield db
+            if not exists(path) or not os.path.samestat(opened, os.stat(path)):
+                raise Failure("was removed or replaced meanwhile, so nothing was written", TRY_AGAIN)
             SIGNALS.check()
             db.set_progress_handler(None, 0)  # from here on, a signal comes too late
             try:
@@ -960,6 +955,9 @@ class Record:
     def __init__(self, number: int, given: Mapping[str, Any], names: tuple[str, ...], row: list[Any]) -> None:
         self.number, self.given, self.names, self.row = number, given, names, row
 
+    def values(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.row))
+
 
 def fitted(schema: Schema, incoming: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
     """Yield *incoming* records as rows; raise RecordRefused for one that does not fit the table."""
@@ -1003,8 +1001,8 @@ def refused(schema: Schema, record: Record, error: Exception) -> RecordRefused:
         try:
             for name, value in record.given.items():
                 fit(schema.by_name[name], value)
-        except RecordRefused as misfit:
-            refusal = misfit
+        except RecordRefused as unfit:
+            refusal = unfit
     refusal.number = record.number
     return refusal
 
@@ -1022,7 +1020,7 @@ def check_names(schema: Schema, names: Collection[str]) -> None:
 
 
 def no_column(schema: Schema, name: str) -> str:
-    return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}"
+    return f"{shown(name)} is no column of {schema.table}{nearest(str(name), schema.by_name)}; see {schema.path}"
 
 
 def closest(name: str, names: Iterable[str], likeness: float = 0.6) -> str:
@@ -1045,6 +1043,18 @@ STORE_ERRORS = (UnicodeEncodeError, OverflowError, sqlite3.IntegrityError, sqlit
 CONFLICT_RULES = ("fail", "skip", "replace")
 
 
+@contextlib.contextmanager
+def naming(schema: Schema, taken: Sequence[Record]) -> Iterator[None]:
+    """Raise what SQLite, or this program, has against the record *taken* last as a RecordRefused with its number."""
+    try:
+        yield
+    except RecordRefused as refusal:
+        refusal.number = refusal.number or taken[-1].number
+        raise
+    except STORE_ERRORS as error:
+        raise refused(schema, taken[-1], error) from None
+
+
 class Insertion:
     """Inserts records into the table of a file, in the transaction that is open."""
 
@@ -1053,7 +1063,7 @@ class Insertion:
             raise ValueError(f"on_conflict is {on_conflict!r}; it takes fail, skip or replace")
         self.db, self.schema, self.on_conflict = db, schema, on_conflict
         self.verb = f"INSERT{conflict_clause(db, schema.table, on_conflict)} INTO {quote(schema.table)}"
-        kinds = [kind for kind, in db.execute("SELECT type FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE",
+        kinds = [kind for (kind,) in db.execute("SELECT type FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE",
                                               [schema.table])]
         self.has_triggers, self.is_view = "trigger" in kinds, "view" in kinds
         self.has_rowid = not self.is_view and has_rowid(db, schema.table)
@@ -1064,60 +1074,50 @@ class Insertion:
         One by one until a row can be the receipt; and to the end if there are triggers, since one may drop a row.
         """
         receipt = None
-        for _, group in itertools.groupby(records, lambda record: record.names):
-            if self.has_triggers or not receipt or receipt["told_by"] != "key":
+        for names, group in itertools.groupby(records, lambda record: record.names):
+            if self.has_triggers or not receipt or not receipt["row"]:
                 for record in group:
-                    row_receipt = self.insert_checked(record)
-                    receipt = max(filter(None, (receipt, row_receipt)), key=how_sure, default=None)
+                    with naming(self.schema, [record]):
+                        row_receipt = self.insert_one(record)
+                    if row_receipt and not (receipt and receipt["row"]):
+                        receipt = row_receipt
                     if row_receipt and not self.has_triggers:
                         break
-            self.insert_many(group)  # noqa: B031  the rest of it
+            self.insert_many(names, group)  # noqa: B031  the rest of it
         return receipt
 
-    def insert_many(self, records: Iterable[Record]) -> None:
+    def insert_many(self, names: tuple[str, ...], records: Iterable[Record]) -> None:
         """Insert records that name the same columns."""
-        current: Record
+        taken: collections.deque[Record] = collections.deque(maxlen=1)  # by SQLite: the one that an error is about
 
         def rows() -> Iterator[list[Any]]:
-            nonlocal current
-            for current in itertools.chain([first], records):
-                yield current.row
+            for record in records:
+                taken.append(record)
+                yield record.row
 
-        for first in records:
-            try:
-                self.db.executemany(self.statement(first.names), rows())
-            except STORE_ERRORS as error:
-                raise refused(self.schema, current, error) from None
-
-    def insert_checked(self, record: Record) -> Receipt | None:
-        try:
-            return self.insert_one(record)
-        except RecordRefused as refusal:
-            refusal.number = record.number
-            raise
-        except STORE_ERRORS as error:
-            raise refused(self.schema, record, error) from None
+        with naming(self.schema, taken):
+            self.db.executemany(self.statement(names), rows())
 
     def insert_one(self, record: Record) -> Receipt | None:
         """Insert one row, and see that it is there; return its receipt, None if it was there before."""
-        db, values, is_unique = self.db, dict(zip(record.names, record.row)), False
+        db, values, made = self.db, record.values(), ""
         for column in self.schema.key:
             if column.default is not None and column.name not in values:
                 values[column.name], another = two_defaults(db, column.default)
-                is_unique = is_unique or values[column.name] != another
+                made = "key" if values[column.name] != another or made == "key" else "row"
         key = {column.name: values.get(column.name) for column in self.schema.key}
         if None in key.values():
             key = {}
         was_there = bool(key) and self.on_conflict != "fail" and holds(db, self.schema.table, key)
-        sql, before = self.statement(values), db.total_changes
-        cursor = db.execute(sql, list(values.values()))
-        if was_there or (not cursor.rowcount and self.conflicts(sql, list(values.values()))):
+        before = db.total_changes
+        cursor = db.execute(self.statement(values), list(values.values()))
+        if was_there or (self.on_conflict == "skip" and not cursor.rowcount and not self.has_triggers):
             return None
         if self.has_triggers and not self.came(cursor, key, before):
             raise RecordRefused("no row came of it, since a trigger of the file drops it; look at its triggers with:"
                                 f""" {script()} query DATABASE "SELECT sql FROM sqlite_master\"""")
-        told_by = "nothing" if not key else "key" if is_unique else "values"
-        return {"table": self.schema.table, "told_by": told_by, "key": key if is_unique else {}}
+        # Another may have a key that was not made at random, but hardly with equal values.
+        return {"table": self.schema.table, "row": {} if not key or not made else key if made == "key" else values}
 
     def came(self, cursor: Cursor, key: Mapping[str, Any], before: int) -> bool:
         """Tell whether a row came of what *cursor* inserted, where *before* were the changes until then."""
@@ -1127,19 +1127,6 @@ class Insertion:
         if cursor.rowcount and self.has_rowid:  # a trigger may have changed the key
             return holds(self.db, table, {"_rowid_": cursor.lastrowid})
         return bool(key) and holds(self.db, table, key)
-
-    def conflicts(self, sql: str, row: list[Any]) -> bool:
-        """Tell whether a row was passed over because it conflicts with one that is there, and not by a trigger."""
-        if self.on_conflict != "skip" or not self.has_triggers:
-            return self.on_conflict == "skip"
-        self.db.execute("SAVEPOINT attempt")
-        try:
-            self.db.execute(sql.removesuffix(SKIP).replace("INSERT INTO", "INSERT OR ABORT INTO", 1), row)
-        except sqlite3.IntegrityError:
-            return True
-        finally:
-            self.db.execute("ROLLBACK TO attempt")
-        return False
 
     def statement(self, names: Collection[str]) -> str:
         """Return the SQL that inserts a row with these columns."""
@@ -1187,42 +1174,29 @@ def holds(db: Connection, table: str, values: Mapping[str, Any]) -> bool:
     return bool(scalar(db, f"SELECT EXISTS (SELECT 1 FROM {quote(table)} WHERE {where})", list(values.values())))
 
 
-def how_sure(receipt: Receipt) -> int:
-    """Rank the receipts of rows: one for all, one in doubt, one for each."""
-    return ("values", "nothing", "key").index(receipt["told_by"])
-
-
 def insert_records(db: Connection, schema: Schema, records: Iterable[Record], on_conflict: str,
                    receipts: Collection[Receipt] = ()) -> Receipt | None:
     """Insert *records*, in the transaction that is open; return the receipt, None if all rows were there before.
 
-    The receipt says what tells later whether the transaction happened, which is whole or not at all: a `key`
-    that was made here at random, and so is nobody else's; the values of each row, where their keys came with
-    them; or nothing, in a table without a key. *receipts* are those of earlier attempts: what they tell to be
-    stored is not stored again. Raises RecordRefused; and CannotTell, before anything is inserted.
+    The receipt has what tells later whether the transaction happened, which is whole or not at all: a `row`, by a
+    key that was made here, or nothing if keys came with the records, which tell for themselves. *receipts* are those
+    of earlier attempts: what they tell to be stored is not stored again. Raises RecordRefused or CannotTell.
     """
-    ways = [receipt["told_by"] for receipt in receipts]
-    if any(holds(db, schema.table, receipt["key"]) for receipt in receipts if receipt["key"]):
+    if any(holds(db, schema.table, receipt["row"]) for receipt in receipts if receipt["row"]):
         return None
-    if "nothing" in ways:
-        raise CannotTell("may be stored already, but its rows have no key that would tell")
-    if "values" in ways:
-        records = (record for record in records if not holds(db, schema.table, dict(zip(record.names, record.row))))
+    if any(not receipt["row"] for receipt in receipts):
+        records = not_stored(db, schema, records)
     return Insertion(db, schema, on_conflict).insert(records)
 
 
-class Counted:
-    """Items to go through once, and the `count` of those that have come so far."""
-
-    count = 0
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            self.count += 1
-            yield item
+def not_stored(db: Connection, schema: Schema, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the records that are not there by key with equal values; raise CannotTell for one without a key."""
+    for record in records:
+        values = record.values()
+        if not schema.key or any(values.get(column.name) is None for column in schema.key):
+            raise CannotTell("may be stored already, but its rows have no key that would tell")
+        if not holds(db, schema.table, values):
+            yield record
 
 
 def store(path: str, schema: Schema, incoming: Iterable[Mapping[str, Any]], on_conflict: str, timeout: float) -> None:
@@ -1245,9 +1219,16 @@ def insert(database: str, incoming: Iterable[Mapping[str, Any]], schema: Schema 
     *on_conflict* says what to do with a key that is there: fail, skip or replace; *timeout* is in
     seconds. Raises Failure. Unlike the command, it keeps nothing aside: the caller has the records.
     """
-    rows = Counted(incoming)
-    store(realpath(database), schema or read_schema(), rows, on_conflict, timeout)
-    return rows.count
+    count = 0
+
+    def counted() -> Iterator[Mapping[str, Any]]:
+        nonlocal count
+        for record in incoming:
+            count += 1
+            yield record
+
+    store(realpath(database), schema or read_schema(), counted(), on_conflict, timeout)
+    return count
 
 
 # --------------------------------------------------------------------------------------- nothing lost
@@ -1302,7 +1283,8 @@ class Spool:
             self.is_everywhere_full = not self.final
             try:
                 if self.final:
-                    self.temporary, self.copy = new_temporary(self.final, self.mode)
+                    in_kept = dirname(self.final).endswith(KEPT)
+                    self.temporary, self.copy = new_temporary(self.final, self.mode, make_folder=in_kept)
                 copy_bytes(old, self.start, self.copy, self.size)
                 break
             except OSError:
@@ -1325,9 +1307,12 @@ class Spool:
             if not self.temporary:
                 self.move()
             if not self.temporary:
-                sys.stderr.flush()
-                write_all(sys.stderr.buffer, self.copy.getvalue().rstrip(b"\n") + b"\n")
-                sys.stderr.buffer.flush()
+                try:
+                    sys.stderr.flush()
+                    write_all(sys.stderr.buffer, self.copy.getvalue().rstrip(b"\n") + b"\n")
+                    sys.stderr.buffer.flush()
+                except (OSError, AttributeError):  # it is closed
+                    return Kept(note="the input could not be kept anywhere")
                 return Kept(note="the input could not be kept in any file and stands above")
             try:
                 os.fsync(self.copy.fileno())
@@ -1370,6 +1355,7 @@ class StandardInput(Spool):
         while not self.ended:
             with SIGNALS:
                 select.select([self.descriptor], [], [])
+            PROGRESS.show(f"{self.size >> 20:,} MiB read")
             with contextlib.suppress(BlockingIOError):  # somebody else was faster
                 yield self.take()
 
@@ -1385,7 +1371,7 @@ class StandardInput(Spool):
         arriving = self.arriving()
         if skip_text:
             try:
-                for _ in records(self.chunks() if self.is_file else arriving, True, complain):
+                for _ in records(self.chunks() if self.is_file else arriving, True, pass_on):
                     pass
             except Failure as failure:  # a bad record is reported when it is its turn to be stored
                 if failure.status != REFUSED:
@@ -1448,50 +1434,42 @@ def random_name() -> str:
     return os.urandom(8).hex()
 
 
-def new_temporary(path: str, mode: int = 0o666) -> tuple[str, io.FileIO]:
+def new_temporary(path: str, mode: int = 0o666, make_folder: bool = False) -> tuple[str, io.FileIO]:
     """Create the temporary file that is to become *path*, with the rights *mode*; return its path, and it, open.
 
-    Nobody can guess its name, and put a link in its place. The folder for kept input is made with it.
+    Nobody can guess its name, and put a link in its place.
     """
     folder, name = os.path.split(path)
     temporary = join(folder, f".{name}.{random_name()}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    for attempt in range(100):
-        try:
-            return temporary, io.FileIO(os.open(temporary, flags, mode), "r+")
-        except FileNotFoundError as error:
-            if attempt == 99 or not folder.endswith(KEPT):
-                error.filename = folder
-                raise
-        try:
-            os.mkdir(folder, mode | (mode & 0o444) >> 2)  # who may read may look in; a retry may remove it at once
-        except FileExistsError:  # another process was faster
-            continue
+    try:
+        return temporary, io.FileIO(os.open(temporary, flags, mode), "r+")
+    except FileNotFoundError as error:
+        if not make_folder:
+            error.filename = folder
+            raise
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.mkdir(folder, mode | (mode & 0o444) >> 2)  # who may read may look in
         sync_folder(folder)
-    raise AssertionError
+    return temporary, io.FileIO(os.open(temporary, flags, mode), "r+")
 
 
 def publish(temporary: str, path: str) -> None:
-    """Give a temporary file its name; raise FileExistsError rather than replace another."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError as error:  # a file system without hard links
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES):
-            raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
-        os.rename(temporary, path)
-        return
-    with contextlib.suppress(OSError):
-        os.unlink(temporary)
+    """Give a temporary file its name, which is random too; never replace another."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.rename(temporary, path)
+
+
+def unlink(path: str) -> None:
+    """Remove a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def remove(path: str) -> None:
-    """Remove a file, if it is there, and its folder, if that was made to keep input and is empty now."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    """Remove a kept file, if it is there, and its folder, if that was made to keep input and is empty now."""
+    unlink(path)
     if dirname(path).endswith(KEPT):
         with contextlib.suppress(OSError):
             os.rmdir(dirname(path))
@@ -1517,29 +1495,26 @@ def kept_places(path: str, skip_text: bool = False) -> Iterator[str]:
     """Yield where input for the database at *path* can be kept: beside it, here, or with temporary files."""
     now = time.time()
     name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06}Z"
-    suffix = SKIP_TEXT_SUFFIX if skip_text else ".json"
-    name += f"-{os.uname().nodename}-{os.getpid()}-{random_name()}{suffix}"
+    name += f"-{os.uname().nodename}-{os.getpid()}-{random_name()}{SKIP_TEXT_SUFFIX if skip_text else '.json'}"
+    for folder, prefix in kept_folders(path):
+        yield join(folder, prefix + name)
+
+
+def kept_folders(path: str) -> Iterator[tuple[str, str]]:
+    """Yield the folders that kept input for the database at *path* is in, and how the names of its files begin."""
+    prefix = "dbtool-kept-"
     if path:
-        yield join(path + KEPT, name)
-    for folder in spare_folders():
-        yield join(folder, spare_prefix(path) + name)
-
-
-def spare_folders() -> Iterator[str]:
+        yield path + KEPT, ""
+        # The remainder by a prime: a checksum that needs no module, as there may be no more file to open one with.
+        prefix += f"{int.from_bytes(os.fsencode(path), 'big') % 4_294_967_291:08x}-"
     with contextlib.suppress(OSError):  # it is gone
-        yield os.getcwd()
+        yield os.getcwd(), prefix
     with contextlib.suppress(OSError, ImportError):  # no folder takes temporary files, or no more files can be opened
         import tempfile
 
-        yield tempfile.gettempdir()
-
-
-def spare_prefix(path: str) -> str:
-    """Return how names of files begin that are kept for the database at *path* away from it."""
-    if not path:
-        return "dbtool-kept-"
-    # The remainder by a prime: a checksum that needs no module, as there may be no more file to open one with.
-    return f"dbtool-kept-{int.from_bytes(os.fsencode(path), 'big') % 4_294_967_291:08x}-"
+        yield tempfile.gettempdir(), prefix
+    if path:
+        yield dirname(path), prefix
 
 
 def kept_files(path: str) -> tuple[list[str], list[Failure]]:
@@ -1548,8 +1523,7 @@ def kept_files(path: str) -> tuple[list[str], list[Failure]]:
     Of some, only the receipt may be left.
     """
     found, failures = [], []
-    places = {path + KEPT: "", **{folder: spare_prefix(path) for folder in (dirname(path), *spare_folders())}}
-    for folder, prefix in sorted(places.items()):
+    for folder, prefix in sorted(dict(kept_folders(path)).items()):
         try:
             names = os.listdir(folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -1561,6 +1535,9 @@ def kept_files(path: str) -> tuple[list[str], list[Failure]]:
             continue
         names = [name.removesuffix(RECEIPT) for name in names if name.startswith(prefix) and not name.startswith(".")]
         found += sorted({join(folder, name) for name in names if name.endswith(".json")})
+        if not prefix:  # what else is in the folder for kept input is nothing to store; but that is said
+            failures += [Failure(f"{join(folder, name)}: {not_kept_by_user()}") for name in sorted(names)
+                         if not name.endswith(".json") and not isfile(join(folder, name))]
     return found, failures
 
 
@@ -1586,8 +1563,11 @@ def not_kept_by_user() -> Failure:
 RECEIPT = ".receipt"  # what the name of a receipt adds to that of the kept file
 
 
-def write_receipts(path: str, receipts: Iterable[Receipt], mode: int) -> None:
+def write_receipts(path: str, receipts: Collection[Receipt], mode: int) -> None:
     """Write beside the kept file at *path*, before COMMIT, what tells later whether it is stored."""
+    if not receipts:
+        remove(path + RECEIPT)
+        return
     temporary, file = new_temporary(path + RECEIPT, mode)
     try:
         with file:
@@ -1619,12 +1599,10 @@ def read_receipts(path: str, schema: Schema) -> list[Receipt]:
 
 
 def is_receipt(receipt: Any, schema: Schema) -> bool:
-    if not (isinstance(receipt, dict) and receipt.keys() == {"table", "told_by", "key"}
-            and receipt["table"] == schema.table and receipt["told_by"] in ("key", "values", "nothing")
-            and isinstance(receipt["key"], dict) and bool(receipt["key"]) == (receipt["told_by"] == "key")):
-        return False
-    return all(name in schema.by_name and (value is None or isinstance(value, (int, float, str, bytes)))
-               for name, value in receipt["key"].items())
+    return (isinstance(receipt, dict) and receipt.keys() == {"table", "row"} and receipt["table"] == schema.table
+            and isinstance(receipt["row"], dict) and all(
+                name in schema.by_name and (value is None or isinstance(value, (int, float, str, bytes)))
+                for name, value in receipt["row"].items()))
 
 
 # ----------------------------------------------------------------------------------------------- query
@@ -1677,10 +1655,7 @@ class Percentile(Numbers):
         low, high = around[0], around[-1]
         if not fraction or low == high:
             return low
-        between = (high - low) * fraction
-        if between - between == 0:
-            return low + between
-        return low * (1 - fraction) + high * fraction  # they are further apart than the largest float
+        return low * (1 - fraction) + high * fraction
 
 
 class Stddev(Numbers):
@@ -1795,7 +1770,7 @@ def why_unanswered(db: Connection, said: str) -> str:
         return f"query only reads, and this SQL would do more ({said})"
     if "no such column" in said or "no such table" in said:
         names: list[str] = []
-        for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
+        for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')").fetchall():
             with contextlib.suppress(sqlite3.OperationalError):  # a view of what is no longer there
                 names += [name, *columns_of(db, name)]
         is_text = "; or, if it is text, write it in 'single quotes'" if "column" in said else ""
@@ -1856,7 +1831,7 @@ def printable(value: Any, null: str) -> Any:
     return value.hex() if isinstance(value, bytes) else value
 
 
-def delimited(names: list[str], batches: Iterable[Batch], delimiter: str, null: str, header: bool) -> Iterator[str]:
+def delimited(delimiter: str, names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
     """Yield the rows as the csv module prints them, with newlines between, most of them without its help.
 
     It looks at every character; formatting many rows with one `%` and counting separators tells as
@@ -1885,14 +1860,6 @@ def quoted_rows(rows: Iterable[Iterable[Any]], delimiter: str) -> str:
 
     # Before Python 3.13, csv quotes a lone carriage return only if it is part of the line's end.
     return "".join(map(csv.writer(Lines, delimiter=delimiter, lineterminator="\r\n").writerow, rows))
-
-
-def as_csv(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
-    return delimited(names, batches, ",", null, header)
-
-
-def as_tsv(names: list[str], batches: Iterable[Batch], null: str, header: bool) -> Iterator[str]:
-    return delimited(names, batches, "\t", null, header)
 
 
 def json_objects(names: list[str], batches: Iterable[Batch]) -> Iterator[list[str]]:
@@ -1972,7 +1939,8 @@ def as_markdown(names: list[str], batches: Iterable[Batch], null: str, header: b
 
 # How query prints: a new format is one line here, and one function.
 FORMATS: dict[str, Callable[[list[str], Iterable[Batch], str, bool], Iterator[str]]] = {
-    "csv": as_csv, "tsv": as_tsv, "json": as_json, "jsonl": as_jsonl, "table": as_table, "markdown": as_markdown}
+    "csv": functools.partial(delimited, ","), "tsv": functools.partial(delimited, "\t"),
+    "json": as_json, "jsonl": as_jsonl, "table": as_table, "markdown": as_markdown}
 
 
 def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") -> None:
@@ -1995,7 +1963,8 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
         for text in texts:
             with SIGNALS:  # the reader may be slow
                 write_all(out, text.encode(errors="surrogateescape") if isinstance(text, str) else text)
-        out.flush()
+        with SIGNALS:
+            out.flush()
         if temporary:
             if like:
                 os.chmod(temporary, os.stat(like).st_mode)
@@ -2010,7 +1979,7 @@ def write_out(texts: Iterable[str | bytes], target: str = "", like: str = "") ->
     finally:
         if temporary:
             out.close()
-            remove(temporary)
+            unlink(temporary)
 
 
 def is_database(path: str) -> bool:
@@ -2220,8 +2189,8 @@ def insert_command(options: Options) -> None:
     source = StandardInput(sys.stdin, kept_places(options.path, options.skip_text), file_mode(options.path))
     try:
         source.read(options.skip_text)
-        incoming = Counted(records(source.chunks(), options.skip_text))
-        PROGRESS.measure = lambda: (f"{incoming.count:,} rows", source.done / (source.size or 1))
+        incoming = records(source.chunks(), options.skip_text)
+        PROGRESS.measure = lambda: ("storing", source.done / (source.size or 1))
         store(options.path, options.schema(), incoming, options.conflict, options.timeout)
     except BaseException as error:
         kept = source.keep(error.receipts if isinstance(error, CommitFailed) else ())
@@ -2341,14 +2310,20 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
         with open_kept(path) as file:
             skip_text = options.skip_text or path.endswith(SKIP_TEXT_SUFFIX)
             rows = fitted(schema, records(pieces(file), skip_text))
-            first = next(rows)  # before the lock is taken, since the record may be bad
+            first = [*itertools.islice(rows, 1)]  # before the lock is taken, since the record may be bad
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            with writing(options.path, schema, options.timeout) as db:
-                receipts = read_receipts(path, schema)
-                if exists(path):
-                    receipt = insert_records(db, schema, itertools.chain([first], rows), options.conflict, receipts)
-                    if receipt:
-                        write_receipts(path, [*receipts, receipt], mode)
+            receipt, receipts = None, []
+            try:
+                with writing(options.path, schema, options.timeout) as db:
+                    receipts = read_receipts(path, schema)
+                    if exists(path):
+                        receipt = insert_records(db, schema, itertools.chain(first, rows), options.conflict, receipts)
+                        if receipt:
+                            write_receipts(path, [*receipts, receipt], mode)
+            except Failure as failure:
+                if receipt and not isinstance(failure, CommitFailed):  # it did not happen, which leaves no doubt
+                    write_receipts(path, receipts, mode)
+                raise
     except CannotTell as doubt:
         sql, kept = for_shell(f"SELECT * FROM {quote(schema.table)}"), for_shell(options.as_named(path))
         raise Failure(f"{doubt}; look: {script()} query {for_shell(options.name)} {sql} --format table; if they are"
@@ -2367,8 +2342,9 @@ def retry_one(options: Options, schema: Schema, path: str) -> None:
 def is_arriving(path: str) -> bool:
     """Tell whether an insert is keeping its input at *path*: its receipt is there first."""
     folder, name = os.path.split(path)
-    is_coming = any(other.startswith(f".{name}.") for other in os.listdir(folder))
-    return is_coming or exists(path)
+    with contextlib.suppress(FileNotFoundError):  # the other retry has removed the folder, too
+        return any(other == name or other.startswith(f".{name}.") for other in os.listdir(folder))
+    return False
 
 
 def schema_command(options: Options) -> None:

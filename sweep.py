@@ -1129,14 +1129,15 @@ class Results:
         Raises Failure; if COMMIT failed, its receipt is added.
         """
         receipt = None
-        # Without a key, equal rows must tell; should they be another's, the next plan finds this run missing.
-        earlier = [{**old, "told_by": "values"} if old["told_by"] == "nothing" else old for old in receipts]
+        told = [earlier for earlier in receipts if earlier["row"]]
         records = [record for job in jobs if not job.failure for record in job.records]
         try:
             with dbtool.writing(self.path, self.schema, STORE_TRY_S) as db:
                 if records:
                     rows = dbtool.fitted(self.schema, records)
-                    receipt = dbtool.insert_records(db, self.schema, rows, "fail", earlier)
+                    if len(told) < len(receipts):  # equal rows must tell; if they are another's, the next plan says so
+                        rows = (row for row in rows if not dbtool.holds(db, self.schema.table, row.values()))
+                    receipt = dbtool.insert_records(db, self.schema, rows, "fail", told)
                 note(db, [job.failure for job in jobs if job.failure])
                 forget(db, [job.run.key for job in jobs if job.had_failed and not job.failure])
         except dbtool.CommitFailed:

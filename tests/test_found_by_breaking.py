@@ -1197,3 +1197,90 @@ def test_tests_end_programs_by_signals_that_they_were_started_to_ignore(number):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=60, check=False,
                           preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     assert done.returncode == 0, done.stdout.decode()[-2000:]
+
+
+# ------------------------------------------------------------------------------------------ found by a reader
+
+
+@pytest.mark.parametrize("residue", ["\x1b(B\x1b[m", "\x0f", "\x1b]0;a title\x07", "\x1b]0;a title\x1b\\", "\x1b7", "\x1b8\x1b[K"],
+                         ids=["sgr0", "shift in", "title", "title, ended otherwise", "save", "restore"])
+def test_insert_skip_text_finds_a_result_behind_what_terminals_leave(db_path, residue):
+    check_well(run("insert", db_path, "--skip-text", stdin=residue.encode() + GOOD + b"\n" + residue.encode() + GOOD))
+    assert count(db_path, "results") == 2
+
+
+def test_retry_of_a_key_that_is_no_random_default(db_path, use_schema):
+    """An equal row of another run, at another time, does not make an unstored result a stored one."""
+    use_schema("CREATE TABLE t (ts TEXT PRIMARY KEY DEFAULT (strftime('%Y-%m-%dT%H:%M:%f', 'now')), x INT);")
+    store(db_path, b'{"x": 1}')
+    run("insert", db_path, stdin=b'{"x": 1}', before=traced(NO_FLUSH))
+    (file,) = kept(db_path)
+    check_well(run("retry", db_path))
+    assert count(db_path) == 2 and not file.exists()
+
+
+def test_merge_names_rows_that_a_trigger_drops(db_path, tmp_path):
+    dbtool.insert(str(db_path), [RECORD])
+    dbtool.insert(str(tmp_path / "o.db"), [RECORD])
+    with contextlib.closing(sqlite3.connect(db_path)) as db:
+        db.executescript("CREATE TRIGGER t BEFORE INSERT ON results BEGIN SELECT RAISE(IGNORE); END;")
+    check_line(run("merge", db_path, "o.db"), "1 rows are not there after merging")
+
+
+def test_merge_goes_on_when_nobody_reads_what_it_says(db_path, tmp_path):
+    for name in "abc":
+        dbtool.insert(str(tmp_path / f"{name}.db"), [RECORD])
+    subprocess.run(["bash", "-c", f"'{sys.executable}' '{script_of('merge')}' merge '{db_path}' a.db b.db c.db | true"], check=True)
+    assert count(db_path, "results") == 3
+
+
+def test_insert_that_has_nowhere_to_keep_and_nobody_to_tell_fails(db_path):
+    done = subprocess.run(["bash", "-c", f"ulimit -f 0; trap '' XFSZ; echo [1] | '{sys.executable}' '{DBTOOL}' insert '{db_path}'"
+                           " 2> >(exec true); exit ${PIPESTATUS[1]}"], check=False, capture_output=True)
+    assert done.returncode not in (0, 141)
+
+
+def test_insert_into_a_file_that_is_replaced_meanwhile_fails(db_path):
+    dbtool.insert(str(db_path), [RECORD])
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with started("insert", db_path) as child:
+            child.stdin.write(GOOD)
+            child.stdin.close()
+            child.stdin = None
+            time.sleep(0.6)
+            os.unlink(db_path)
+            db.execute("ROLLBACK")
+            done = end(child, 10)
+    assert done.returncode == 75 and b"was removed or replaced meanwhile" in done.stderr and len(kept(db_path)) == 1
+
+
+@pytest.mark.parametrize("data", [b"[]", b""], ids=["empty array", "nothing"])
+def test_retry_of_a_kept_file_without_a_record_is_no_traceback(db_path, data):
+    keep_by_hand(db_path, data)
+    done = run("retry", db_path)
+    assert b"Traceback" not in done.stderr
+
+
+def test_retry_that_a_reader_held_up_leaves_no_doubt(db_path, use_schema, monkeypatch):
+    """COMMIT waits for a reader of a rollback journal, in vain: that it did not happen is certain."""
+    use_schema(NUMBERED)
+    monkeypatch.setenv("DBTOOL_JOURNAL", "delete")
+    store(db_path, LIKE_OTHERS)
+    file = keep_by_hand(db_path, LIKE_OTHERS)
+    with contextlib.closing(sqlite3.connect(db_path, isolation_level=None)) as db:
+        db.execute("BEGIN")
+        db.execute("SELECT * FROM sqlite_master").fetchall()
+        assert run("retry", db_path, "--timeout", "0.3").returncode == 75
+        db.execute("ROLLBACK")
+    check_well(run("retry", db_path))
+    assert count(db_path) == 2 and not file.exists()
+
+
+def test_query_output_leaves_the_users_folders_alone(db_path, tmp_path):
+    dbtool.insert(str(db_path), [RECORD])
+    (tmp_path / "keep-kept").mkdir()
+    check_line(run("query", db_path, "SELECT abs(-9223372036854775808)", "--output", "keep-kept/o.csv"), "overflow")
+    assert (tmp_path / "keep-kept").is_dir()
+    assert run("query", db_path, "SELECT 1", "--output", "study-kept/o.csv").returncode == 1
+    assert not (tmp_path / "study-kept").exists()

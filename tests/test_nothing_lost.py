@@ -640,7 +640,7 @@ def test_a_file_that_is_cut_short_while_it_is_kept_ends_there(tmp_path):
     with open(tmp_path / "in.json") as file:
         source = dbtool.StandardInput(file, [str(tmp_path / "kept.json")])
         os.truncate(tmp_path / "in.json", 5)
-        kept = source.keep([{"table": "t", "told_by": "nothing", "key": {}}])
+        kept = source.keep([{"table": "t", "row": {}}])
         assert (kept.path, kept.note) == (str(tmp_path / "kept.json"), f"the input is kept in {tmp_path / 'kept.json'}")
     assert (tmp_path / "kept.json").read_bytes() == GOOD[:5]
 

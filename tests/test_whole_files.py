@@ -194,13 +194,15 @@ def test_merge_of_files_with_other_columns(expect_success, expect_failure, db_pa
     assert f'{db_path}: "host" is no column of results' in expect_failure("merge", "old.db", db_path)
 
 
-@pytest.mark.parametrize("schema", ["CREATE TABLE t (n INTEGER PRIMARY KEY, x)", "CREATE TABLE t (x)"])
-def test_merge_needs_a_key(expect_success, expect_failure, db_path, tmp_path, schema):
+@pytest.mark.parametrize(("schema", "what"), [
+    ("CREATE TABLE t (n INTEGER PRIMARY KEY, x)", "is a number that every file counts for itself"),
+    ("CREATE TABLE t (x)", "is missing")])
+def test_merge_needs_a_key(expect_success, expect_failure, db_path, tmp_path, schema, what):
     (tmp_path / "s.sql").write_text(schema)
     for name in (db_path, "a.db"):
         expect_success("insert", name, "--schema", "s.sql", stdin={"x": 1})
     message = expect_failure("merge", db_path, "a.db", "--schema", "s.sql")
-    assert "is a number that every file counts for itself" in message
+    assert f"the key of t {what}" in message and "such as the id of the shipped schema.sql" in message
 
 
 @pytest.mark.parametrize(("other", "said"), [
