@@ -1007,9 +1007,9 @@ class Pool:
         """Show the logs of jobs that have run for some time, and end those that are late."""
         now = time.monotonic()
         for job in self.running.values():
-            if job.began + LOG_AFTER_S > now:
+            if job.began + min(LOG_AFTER_S, self.timeout) > now:
                 break  # the others started later
-            if not job.log.is_shown:
+            if not job.log.is_shown and job.began + LOG_AFTER_S <= now:
                 job.log.show()
             if job.deadline <= now and not job.why_ended:
                 job.end(f"timed out after {self.timeout:g} s")
