@@ -657,7 +657,7 @@ class RunFailed(Failure):
     """Why a job gave no result; `kind` is one of those that the table of failures has."""
 
     def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(printable(reason))
         self.kind = kind
 
 
