@@ -1462,7 +1462,7 @@ class Sweep:
     def failed(self, job: Job, failure: RunFailed) -> None:
         if self.signals and job.why_ended == STOPPED:
             self.unfinished += 1
-            if job.run not in self.attempts:
+            if job.run not in self.attempts and job.run.key not in self.failed_before:
                 job.log.remove()
             job.close()
             return
