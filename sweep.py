@@ -1419,8 +1419,12 @@ class Sweep:
         return next((slot for slot in self.free if not slot.must_rest(oldest_s)), None)
 
     def log_head(self, run: Run, words: list[str]) -> str:
-        return (f"command: {shlex.join(words)}\nrun: {run}\nattempt: {self.attempts[run] + 1}\n"
-                f"started: {timestamp(time.time())}\n")
+        attempt = self.failed_attempts(run) + 1
+        return f"command: {shlex.join(words)}\nrun: {run}\nattempt: {attempt}\nstarted: {timestamp(time.time())}\n"
+
+    def failed_attempts(self, run: Run) -> int:
+        """Return how many attempts of a run have failed, also in earlier sweeps."""
+        return self.failed_before.get(run.key, 0) + self.attempts[run]
 
     def collect(self, job: Job) -> None:
         """Take the result of a job that has ended."""
@@ -1468,7 +1472,7 @@ class Sweep:
             return
         run = job.run
         self.attempts[run] += 1
-        job.note_failure(failure, self.failed_before.get(run.key, 0) + self.attempts[run])
+        job.note_failure(failure, self.failed_attempts(run))
         self.say_first(job, failure)
         if self.attempts[run] <= self.options.retries:
             self.to_retry[run] = failure.why, job.log.path
