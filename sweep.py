@@ -1314,7 +1314,7 @@ class Sweep:
         self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
         self.to_retry: dict[Run, tuple[str, str]] = {}  # why the last attempt failed, and its log
         self.free = make_slots(min(options.jobs, self.total))  # by their numbers
-        self.logs = Logs(options.logs or path + "-sweep", dbtool.file_mode(path))
+        self.logs = Logs(os.path.abspath(options.logs) if options.logs else path + "-sweep", dbtool.file_mode(path))
         self.stored = self.writing = self.unfinished = 0
         self.failures: list[tuple[Run, str, str]] = []
         self.said: set[str] = set()  # kinds of reasons
