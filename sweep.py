@@ -1829,7 +1829,7 @@ def why_nothing(plan: Plan, combinations: int, options: argparse.Namespace) -> s
 def sweep(options: argparse.Namespace, words: list[str]) -> int:
     """Do what the command line says; return the exit status."""
     path, schema = os.path.realpath(options.database), dbtool.read_schema(options.schema, options.table)
-    if FAILURES in [name for _, name, _ in schema.objects]:
+    if FAILURES in [name.lower() for _, name, _ in schema.objects]:
         raise Failure(f"{schema.path} has a {FAILURES}, which is where a sweep notes what failed; call it otherwise")
     may_be_none = options.dry_run or (options.failed == "forget" and not words)
     if not may_be_none and bool(words) == bool(options.call):
