@@ -1831,7 +1831,7 @@ def sweep(options: argparse.Namespace, words: list[str]) -> int:
     path, schema = os.path.realpath(options.database), dbtool.read_schema(options.schema, options.table)
     if FAILURES in [name.lower() for _, name, _ in schema.objects]:
         raise Failure(f"{schema.path} has a {FAILURES}, which is where a sweep notes what failed; call it otherwise")
-    may_be_none = options.dry_run or (options.failed == "forget" and not words)
+    may_be_none = options.dry_run or (options.failed == "forget" and not words and not options.list)
     if not may_be_none and bool(words) == bool(options.call):
         raise Failure("give a command after --, or --call MODULE:FUNCTION" + ", not both" * bool(words), dbtool.USAGE)
     with dbtool.SIGNALS:
