@@ -303,7 +303,7 @@ class Plan:
         db.execute("""CREATE TABLE plan.stored
             ("#id" INTEGER PRIMARY KEY, "#rows" INTEGER, "#unnumbered" INTEGER, "#numbers" TEXT)""")
         db.execute("""CREATE TABLE plan.failed ("#id" INTEGER PRIMARY KEY, "#failures" INTEGER)""")
-        self.failed: dict[tuple[str, int], int] = {}  # of runs that are missing: attempts, by Run.key
+        self.failed: dict[Run, int] = {}  # of runs that are missing: how many attempts
         self.resolved: list[tuple[str, int]] = []  # of runs that failed, and have a row all the same
         self.is_new = not dbtool.scalar(db, "SELECT count(*) FROM main.sqlite_master")
         if not self.is_new:
@@ -358,12 +358,12 @@ class Plan:
                                     value)
             if parameters.keys() != set(self.names):
                 continue  # of another grid
-            found = self.db.execute(f"""SELECT "#id", "#samples", coalesce("#rows", 0), "#numbers"
+            found = self.db.execute(f"""SELECT coalesce("#rows", 0), "#numbers", wanted.*
                 FROM plan.wanted LEFT JOIN plan.stored USING ("#id") WHERE {is_it}""",
                                     [parameters[name] for name in self.names]).fetchall()
-            for number, wanted, rows, numbers in found:
+            for rows, numbers, number, wanted, *values in found:
                 if sample in missing_numbers(wanted, rows, numbers):
-                    self.failed[key, sample] = attempts
+                    self.failed[Run(self.names, tuple(values), sample)] = attempts
                     self.db.execute("""INSERT INTO plan.failed VALUES (?, 1)
                         ON CONFLICT ("#id") DO UPDATE SET "#failures" = "#failures" + 1""", [number])
                 elif sample <= wanted:
@@ -395,8 +395,8 @@ class Plan:
         runs = self.missing(order)
         if not self.failed:
             return [] if failed == "only" else runs
-        again = [run for run in runs if run.key in self.failed]
-        fresh = [run for run in runs if run.key not in self.failed]
+        again = [run for run in runs if run in self.failed]
+        fresh = [run for run in runs if run not in self.failed]
         return {"run": [*fresh, *again], "forget": runs, "skip": fresh, "only": again}[failed]
 
     def combinations(self) -> int:
@@ -1303,14 +1303,14 @@ class Lock:
 class Sweep:
     """All runs of one call: what is done, what failed, and when to stop."""
 
-    def __init__(self, path: str, schema: Schema, runs: list[Run], failed: Mapping[tuple[str, int], int],
+    def __init__(self, path: str, schema: Schema, runs: list[Run], failed: Mapping[Run, int],
                  command: Command, options: argparse.Namespace) -> None:
         self.path, self.name, self.schema, self.command, self.options = path, options.database, schema, command, options
         limit = options.limit or len(runs)
         self.beyond_limit = len(runs[limit:])
         self.total = len(runs) - self.beyond_limit
         self.waiting = collections.deque(runs[:limit])
-        self.failed_before = failed  # attempts, by Run.key
+        self.failed_before = failed  # attempts in earlier sweeps
         self.attempts: collections.Counter[Run] = collections.Counter()  # that failed
         self.to_retry: dict[Run, tuple[str, str]] = {}  # why the last attempt failed, and its log
         self.free = make_slots(min(options.jobs, self.total))  # by their numbers
@@ -1424,7 +1424,7 @@ class Sweep:
 
     def failed_attempts(self, run: Run) -> int:
         """Return how many attempts of a run have failed, also in earlier sweeps."""
-        return self.failed_before.get(run.key, 0) + self.attempts[run]
+        return self.failed_before.get(run, 0) + self.attempts[run]
 
     def collect(self, job: Job) -> None:
         """Take the result of a job that has ended."""
@@ -1440,7 +1440,7 @@ class Sweep:
 
     def hand_over(self, job: Job) -> None:
         """Let the writer store what came of a job."""
-        job.had_failed = job.run in self.attempts or job.run.key in self.failed_before
+        job.had_failed = job.run in self.attempts or job.run in self.failed_before
         self.writing += 1
         self.writer.put(job)
 
@@ -1466,7 +1466,7 @@ class Sweep:
     def failed(self, job: Job, failure: RunFailed) -> None:
         if self.signals and job.why_ended == STOPPED:
             self.unfinished += 1
-            if job.run not in self.attempts and job.run.key not in self.failed_before:
+            if job.run not in self.attempts and job.run not in self.failed_before:
                 job.log.remove()
             job.close()
             return
@@ -1809,7 +1809,7 @@ def run_missing(path: str, schema: Schema, command: Command, axes: Sequence[Axis
 
 def forget_failures(path: str, schema: Schema, plan: Plan, options: argparse.Namespace) -> None:
     """Remove what an earlier sweep of this grid noted of runs that have a row by now, and with --failed forget all."""
-    keys = [*plan.resolved, *(plan.failed if options.failed == "forget" else ())]
+    keys = [*plan.resolved, *(run.key for run in plan.failed if options.failed == "forget")]
     if keys:
         with dbtool.writing(path, schema, dbtool.LOCK_TIMEOUT_S) as db:
             forget(db, keys)
