@@ -888,7 +888,7 @@ class Job:
                 raise RunFailed("contradiction", f"it was to run with {name} {wanted}, but its result says {said};"
                                                  " is the parameter passed on, and printed as given?")
             record[name] = wanted
-        if "metadata" in schema.by_name:
+        if "metadata" in schema.by_name and "metadata" not in self.run.parameters:
             own = as_object(record.get("metadata"))
             if own is not None:
                 record["metadata"] = {**self.origin(), **surroundings, **own}
