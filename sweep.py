@@ -226,7 +226,7 @@ def arithmetic(item: str, start: decimal.Decimal, end: decimal.Decimal,
 def geometric(item: str, start: decimal.Decimal, end: decimal.Decimal, factor: decimal.Decimal) -> Iterator[str]:
     if any(abs(number.adjusted()) >= 400 for number in (start, end, factor)):
         raise RecordRefused(f"the range {item} goes beyond all numbers that a 64-bit float holds")
-    if start == 0 or factor <= 0 or factor == 1 or (end - start) * start * (factor - 1) < 0:
+    if start * end <= 0 or factor <= 0 or factor == 1 or (end - start) * start * (factor - 1) < 0:
         raise RecordRefused(f"the range {item} never reaches its end; write START..END*FACTOR")
     value = start
     for _ in range(MOST):
