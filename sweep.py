@@ -1667,7 +1667,7 @@ class Parser(argparse.ArgumentParser):
         raise Failure(f"{message}; {SEE_HELP}", dbtool.USAGE)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        options, unknown = self.parse_known_args(arguments)
+        options, unknown = self.parse_known_args(joined(arguments))
         if unknown:
             raise Failure(f"unrecognized arguments: {' '.join(unknown)}{self.hint(unknown)}; {SEE_HELP}", dbtool.USAGE)
         return options
@@ -1682,6 +1682,17 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean {shown(meant)}?"
         values = value if equals else unknown[1] if len(unknown) > 1 else "VALUES"
         return f"; a parameter is given as -p {dbtool.for_shell(f'{flag[2:]}={values}')}"
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Return *arguments* with the values that may begin with a hyphen joined to their flags: argparse refuses them."""
+    result: list[str] = []
+    for word in arguments:
+        if result and result[-1] in ("--append", "--where", "--order"):
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
 
 
 def parser() -> Parser:
