@@ -1646,7 +1646,7 @@ def shell_lines(runs: list[Run], command: Command, options: argparse.Namespace) 
     here = os.path.dirname(os.path.realpath(__file__))
     insert = [sys.executable, os.path.join(here, "dbtool.py"), "insert", os.path.realpath(options.database)]
     insert += ["--skip-text", *schema_flags(options)]
-    slot = Slot(0)  # other engines have their own
+    (slot,) = make_slots(1)  # other engines have their own
     return (f"{shlex.join(command.for_run(run, slot))} | {shlex.join(insert)}\n" for run in runs)
 
 
