@@ -591,7 +591,14 @@ def filled(word: str, values: Mapping[str, Any]) -> str:
 
 
 def find_module(name: str) -> importlib.machinery.ModuleSpec | None:
-    return importlib.machinery.PathFinder.find_spec(name, [os.getcwd(), *sys.path])
+    """Return where a module is, without importing the packages that it is in."""
+    spec, places = None, [os.getcwd(), *sys.path]
+    for item in name.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(item, places)
+        if not spec:
+            return None
+        places = list(spec.submodule_search_locations or ())
+    return spec
 
 
 def takes_sample(call: str) -> bool:
