@@ -727,6 +727,8 @@ class Logs:
             os.makedirs(self.folder, self.mode | (self.mode & 0o444) >> 2, exist_ok=True)
             descriptor = os.open(path, flags, self.mode)
         with open(descriptor, "wb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EEXIST, "is no regular file")
             room = os.fstatvfs(descriptor)
             if room.f_bavail * room.f_frsize < LOG_LEAVES_BYTES + len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
