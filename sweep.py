@@ -693,14 +693,14 @@ class Logs:
         self.folder, self.mode = folder, mode
         self.queue: Any = queue.SimpleQueue()  # of (path, what to append, or None to remove it), and None at the end
         self.thread = threading.Thread(target=self.work, daemon=True)
-        self.waiting = 0  # bytes
+        self.given = self.taken = 0  # bytes; each is counted by one thread only
         self.trouble = ""
 
     def append(self, path: str, data: bytes) -> None:
-        if self.waiting + len(data) > LOG_BYTES_WAITING:
+        if self.given - self.taken + len(data) > LOG_BYTES_WAITING:
             self.trouble = self.trouble or f"{path}: the disk is too slow for what is printed; some is left out"
             return
-        self.waiting += len(data)
+        self.given += len(data)
         self.queue.put((path, data))
 
     def remove(self, path: str) -> None:
@@ -717,7 +717,7 @@ class Logs:
             except OSError as error:
                 if data is not None:
                     self.trouble = self.trouble or f"{path}: {error.strerror}"
-            self.waiting -= len(data or b"")
+            self.taken += len(data or b"")
 
     def write(self, path: str, data: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
