@@ -1556,7 +1556,7 @@ class Sweep:
         if not self.options.logs:
             with contextlib.suppress(OSError):
                 os.rmdir(self.logs.folder)  # if it is empty now
-        if self.logs.trouble:
+        if self.logs.trouble and not self.progress.is_log_missing:
             say(f"{self.name}: {self.logs.trouble}; so not all logs are there")
         for why, kept in self.writer.kept:
             say(f"{self.name}: {why}; {kept.note}")
