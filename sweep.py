@@ -966,9 +966,9 @@ def surroundings() -> dict[str, Any]:
         found["slurm_job"] = os.environ["SLURM_JOB_ID"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # there is no git, or no checkout
         git = ["git", "--no-optional-locks"]
-        said = [subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout
+        said = [subprocess.run([*git, *words], capture_output=True, timeout=10, check=True).stdout
                 for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
-        found.update(git_commit=said[0].strip(), git_dirty=bool(said[1]))
+        found.update(git_commit=said[0].decode().strip(), git_dirty=bool(said[1]))
     return found
 
 
