@@ -50,7 +50,7 @@ def check_retry(path, rows=1):
 GOOD = json.dumps(RECORD).encode()
 
 
-@pytest.mark.parametrize(("data", "said"), [
+BAD_INPUT = [
     (GOOD.replace(b'"epochs": 1', b'"epochs": "1"'), 'record 1: column epochs: expected a 64-bit integer, got "1"'),
     (GOOD.replace(b'"epochs": 1, ', b""), "record 1: column epochs missing"),
     (GOOD.replace(b"epochs", b"epoch"), 'record 1: "epoch" is no column of results; did you mean "epochs"?'),
@@ -65,7 +65,11 @@ GOOD = json.dumps(RECORD).encode()
     (b"\xef\xbb\xbf" + GOOD[:-1], "record 1 (line 1): not valid JSON: it ends in the middle"),
     (GOOD.replace(b": 1,", b": 1 "), "record 1 (line 1): not valid JSON: expecting ',' delimiter"),
     (b"\n \n", "no JSON on standard input"),
-], ids=range(14))
+]
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    pytest.param(*case, id=str(number), marks=[pytest.mark.slow] if number % 3 else []) for number, case in enumerate(BAD_INPUT)])
 def test_bad_input_is_kept_until_it_is_mended(db_path, data, said):
     file = check_refusal(process("insert", db_path, stdin=data), db_path, data)
     done = process("retry", db_path)

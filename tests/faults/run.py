@@ -134,8 +134,6 @@ def command_line(house: Path, line: str) -> list[str]:
     """Return what runs the command in *line* with the scripts in *house*."""
     command, *words = shlex.split(line)
     script = SCRIPTS.get(command, "dbtool.py")
-    if not (house / script).exists():
-        script = "dbtool.py"
     return [sys.executable, str(house / script),
             *(words if script == "sweep.py" else [command, *words, "--timeout", LOCK_S])]
 
