@@ -283,6 +283,11 @@ class Schema:
         self.columns = list(by_name.values())
         self.key = [column for column in self.columns if column.key]
 
+    def flags(self) -> list[str]:
+        """Return the flags that name this schema in a command to paste, whatever the environment says by then."""
+        several = [kind for kind, _, _ in self.objects].count("table") > 1
+        return ["--schema", self.path, *(["--table", self.table] if several else [])]
+
 
 # By what a declared type contains, the first that does: sqlite.org/datatype3.html, section 3.1.
 AFFINITIES = {"INT": "INTEGER", "CHAR": "TEXT", "CLOB": "TEXT", "TEXT": "TEXT", "BLOB": "BLOB",
@@ -907,17 +912,18 @@ def is_empty(db: Connection, schema: Schema) -> bool:
     """Tell whether nothing is in the file; raise Failure if something is that rows made for *schema* do not fit."""
     if not scalar(db, "SELECT count(*) FROM sqlite_master"):
         return True
-    check_columns(columns_of(db, schema.table), schema)
+    check_columns(db, schema)
     return False
 
 
-def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
-    """Raise Failure if rows made for *schema* do not fit a table with the columns *found*."""
+def check_columns(db: Connection, schema: Schema) -> None:
+    """Raise Failure if rows made for *schema* do not fit the table that the file has."""
+    found = columns_of(db, schema.table)
     if not found:
         raise Failure(f"has no table {schema.table}; is it another program's file? (migrate would add the table)")
     check_case(found, schema.by_name, schema)
-    migrate = f"{script('dbadmin')} migrate DATABASE"
-    fix = f"{migrate} --schema {for_shell(schema.path)}"
+    path = scalar(db, "SELECT file FROM pragma_database_list WHERE name = 'main'")
+    fix = " ".join([script("dbadmin"), "migrate", *map(for_shell, [path, *schema.flags()])])
     lacking = ", ".join(name for name in schema.by_name if name not in found)
     if lacking:
         raise Failure(f"has no column {lacking}; add it with: {fix}")
@@ -925,7 +931,7 @@ def check_columns(found: Mapping[str, Column], schema: Schema) -> None:
         wanted = schema.by_name.get(name)
         if not wanted and column.needed and not column.nullable:
             raise Failure(f"needs column {name}, which {schema.path} lacks; add it there, or drop it with:"
-                          f" {migrate} --drop {for_shell(name)}")
+                          f" {fix} --drop {for_shell(name)}")
         if wanted and wanted.affinity not in RULES[column.affinity].keeps:
             raise other_type(column, wanted, schema, f"change the file with: {fix}")
 
@@ -1114,8 +1120,7 @@ class Insertion:
         if was_there or (self.on_conflict == "skip" and not cursor.rowcount and not self.has_triggers):
             return None
         if self.has_triggers and not self.came(cursor, key, before):
-            raise RecordRefused("no row came of it, since a trigger of the file drops it; look at its triggers with:"
-                                f""" {script()} query DATABASE "SELECT sql FROM sqlite_master\"""")
+            raise RecordRefused("no row came of it, since a trigger of the file drops it")
         # Another may have a key that was not made at random, but hardly with equal values.
         return {"table": self.schema.table, "row": {} if not key or not made else key if made == "key" else values}
 
@@ -2198,10 +2203,10 @@ def insert_command(options: Options) -> None:
             report(kept.note)
             raise  # a bug
         failure = as_failure(error, options.path)
-        note = options.as_named(kept.note)
+        said = f"{failure}; {kept.note}" if source.size else str(failure)
         if kept.path:
-            note += f"; when that is fixed, run: {retry_line(options, kept.path)}"
-        raise Failure(f"{failure}; {note}" if source.size else str(failure), failure.status) from None
+            said += f"; when that is fixed, run: {retry_line(options, kept.path)}"
+        raise Failure(options.as_named(said), failure.status) from None
     source.discard()
 
 
@@ -2210,8 +2215,8 @@ def retry_line(options: Options, kept: str) -> str:
     # Away from the database, retry looks in the folder for temporary files, which may be another one by then.
     where = "" if dirname(kept) == options.path + KEPT else f"TMPDIR={for_shell(dirname(kept))} "
     given = []
-    for flag in ("--schema", "--table", "--on-conflict"):
-        if value := options.last(flag):
+    for flag, variable in (("--schema", "DBTOOL_SCHEMA"), ("--table", "DBTOOL_TABLE"), ("--on-conflict", "")):
+        if value := options.last(flag) or os.environ.get(variable):
             given += [flag, value]
     words = [*given, "--", options.name] if options.name.startswith("-") else [options.name, *given]
     return " ".join([f"{where}{script()} retry", *map(for_shell, words)])

@@ -164,10 +164,10 @@ def settable(schema: Schema, name: str, where: str, database: str, values: Seque
     if column is None:
         line = f"{as_sql(name)} {type_of(values)} DEFAULT NULL,"
         line = f"'{line}'" if '"' in line else f'"{line}"'
-        migrate, several = "", [kind for kind, _, _ in schema.objects].count("table") > 1
+        migrate = ""
         if os.path.exists(database):
-            words = ["migrate", database, "--schema", schema.path, *(["--table", schema.table] if several else [])]
-            migrate = f", and run: {dbtool.script('dbadmin')} {' '.join(map(dbtool.for_shell, words))}"
+            words = [dbtool.script("dbadmin"), "migrate", *map(dbtool.for_shell, [database, *schema.flags()])]
+            migrate = f", and run: {' '.join(words)}"
         raise Failure(f"{where}: {dbtool.no_column(schema, name)}; to make it one, add above the last column in"
                       f" {schema.path} the line {line}{migrate}", dbtool.USAGE)
     if column.generated:
@@ -319,7 +319,7 @@ class Plan:
         self.resolved: list[tuple[str, int]] = []  # of runs that failed, and have a row all the same
         self.is_new = not dbtool.scalar(db, "SELECT count(*) FROM main.sqlite_master")
         if not self.is_new:
-            dbtool.check_columns(dbtool.columns_of(db, schema.table), schema)
+            dbtool.check_columns(db, schema)
             self.count(schema)
             self.find_failures()
 

@@ -265,7 +265,7 @@ name           b       4       0        4       0
     (lambda path: path.mkdir(), "is a folder; name a file in it"),
     (lambda path: path.write_text("x" * 5000), "is not an SQLite database"),
     (lambda path: sqlite3.connect(path).execute("CREATE TABLE other (a)"), "has no table runs"),
-    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: python3 dbadmin.py migrate DATABASE --schema "),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE runs (n)"), "add it with: python3 dbadmin.py migrate /"),
 ], ids=["folder", "text", "other", "old"])
 @pytest.mark.parametrize("flag", ["--dry-run", "--list", "--jobs=1"])
 def test_a_file_that_is_not_the_results_file_is_named(call_sweep, tmp_path, make, words, flag):

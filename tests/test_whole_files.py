@@ -317,7 +317,7 @@ def test_migrate_adds_a_column(expect_success, expect_failure, db_path, tmp_path
     schema_with(tmp_path, monkeypatch, ", host TEXT NOT NULL DEFAULT 'n1', note TEXT")
     message = process("insert", db_path, stdin=json.dumps({**RECORD, "note": None}).encode())
     assert message.returncode == 1 and b"has no column host, note; add it" in message.stderr
-    assert b"add it with: python3 dbadmin.py migrate DATABASE --schema " in message.stderr
+    assert f"add it with: python3 dbadmin.py migrate {db_path} --schema ".encode() in message.stderr
     (file,) = kept(db_path)
     assert file.exists()
     before = db_path.read_bytes()
