@@ -7,8 +7,10 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,9 @@ DBTOOL = str(ROOT / "dbtool.py")
 DBADMIN = str(ROOT / "dbadmin.py")
 SWEEP = str(ROOT / "sweep.py")
 RECORD = json.loads((ROOT / "examples" / "result.json").read_text())
+RUNS = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
+GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]  # a job that succeeds
+STARTING_LINE = re.compile(r"^sweep: .*: [0-9,]+ runs missing(, [0-9,]+ of them to run)?; [0-9,]+ at once\n", re.M)
 
 
 def pytest_configure():
@@ -130,6 +135,63 @@ def expect_failure(call):
 def call_sweep(call):
     """Call sweep.main() in this process: call_sweep(*arguments, stdin=bytes) -> Result."""
     return functools.partial(call, main=sweep.main)
+
+
+@pytest.fixture
+def runs_schema(tmp_path, monkeypatch):
+    """Let the results file of the test have the table of RUNS."""
+    (tmp_path / "runs.sql").write_text(RUNS)
+    monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "runs.sql"))
+
+
+@pytest.fixture
+def quick_sweeps(monkeypatch):
+    """Spare many small sweeps the pause after each transaction, which is half of their time."""
+    monkeypatch.setattr("sweep.BURST_S", 0.001)
+
+
+@pytest.fixture
+def swept(call_sweep):
+    """Run a sweep in this process that must end with *status*; return what it said after its starting line."""
+
+    def run(*arguments, status=0, stdin=b""):
+        result = call_sweep("r.db", *arguments, stdin=stdin)
+        assert (result.status, result.out) == (status, ""), result.err
+        return STARTING_LINE.sub("", result.err)
+
+    return run
+
+
+def shell(script):
+    """Return a command that runs *script* with the value of n as $1 and the sample as $2."""
+    return ["--", "sh", "-c", script, "sh", "{n}", "{sample}"]
+
+
+def start(*arguments, **options):
+    """Start sweep.py as a process, which heeds Ctrl-C even if the tests were started not to."""
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen([sys.executable, SWEEP, "r.db", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+def stored(path="r.db"):
+    """Return the values of n that are there, once for each row."""
+    if not os.path.exists(path):
+        return []
+    # Not by dbtool.query: if a sweep ends meanwhile, only a connection that may write removes the -wal file.
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master").fetchall():
+            return []
+        return [n for n, in db.execute("SELECT n FROM runs ORDER BY n")]
+
+
+def failures(path="r.db"):
+    """Return the rows of the table of failures; None if there is no such table."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sweep_failures'").fetchall():
+            return None
+        return [dict(row) for row in db.execute("SELECT * FROM sweep_failures ORDER BY parameters, sample")]
 
 
 @pytest.fixture

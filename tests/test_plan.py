@@ -4,11 +4,14 @@ import itertools
 import json
 import os
 import random
+import re
+import shlex
 import sqlite3
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import GOOD, ROOT, RUNS, stored
 
 import dbtool
 import sweep
@@ -298,14 +301,12 @@ def test_the_difference_is_that_of_sets():
 
 @pytest.mark.slow
 def test_the_grid_of_half_a_million_runs_is_planned_in_two_seconds_and_200_megabytes(tmp_path, monkeypatch):
-    import subprocess
-
     monkeypatch.delenv("DBTOOL_SCHEMA")
     schema = dbtool.read_schema()
     flags = ["epochs=25..400..25", "training_window_length=20..100..10", "sample_window_length=10..100..10",
              "layers=5,10,20,10-20-10", "activation=relu,tanh", f"dataset={','.join(f'd{i}' for i in range(9))}"]
     where = "sample_window_length < training_window_length"
-    axes = [sweep.axis_of_flag(schema, flag) for flag in flags]
+    axes = [sweep.axis_of_flag(schema, flag, "r.db") for flag in flags]
     with sweep.planning(os.path.realpath("r.db"), schema, axes, 10, where) as plan:
         runs = plan.missing("")
     assert len(runs) == 518_400
@@ -325,3 +326,230 @@ def test_the_grid_of_half_a_million_runs_is_planned_in_two_seconds_and_200_megab
         assert "218400" in done.stdout
         outcomes.append(tuple(map(float, done.stderr.split())))
     assert min(outcomes)[0] <= 2.0 and 20 * 1024 < outcomes[0][1] <= 200 * 1024, outcomes
+
+
+# ------------------------------------------------------------------------------------------- geometric ranges
+
+
+@pytest.mark.parametrize("values, numbers", [
+    ("1e-4..1e-1*10", [0.0001, 0.001, 0.01, 0.1]),
+    ("1e-1..1e-4*0.1", [0.1, 0.01, 0.001, 0.0001]),
+    ("1..8*2", [1, 2, 4, 8]),
+    ("1..10*3", [1, 3, 9]),
+    ("8..1*.5", [8, 4, 2, 1]),
+    ("-1..-8*2", [-1, -2, -4, -8]),
+    ("-8..-1*0.5", [-8, -4, -2, -1]),
+    ("3..3*2", [3]),
+    ("0.1..0.4*2,7,1..2", [0.1, 0.2, 0.4, 7, 1, 2]),
+    ("1..1e300*1e100", [1, 1e100, 1e200, 1e300]),
+], ids=str)
+def test_geometric_ranges_include_their_end(values, numbers):
+    assert list(map(float, sweep.expanded(values))) == numbers
+
+
+def test_a_geometric_range_is_of_the_columns_type(listed):
+    assert listed("-p", "n=8..1*0.5") == [f"echo --n {n}" for n in (8, 4, 2, 1)]
+    assert listed("-p", "x=1e-3..1e-1*10") == ["echo --x 0.001", "echo --x 0.01", "echo --x 0.1"]
+    store({"n": 1, "x": 0.01, "name": "", "free": 0, "loss": 1})
+    assert listed("-p", "x=1e-3..1e-1*10") == ["echo --x 0.001", "echo --x 0.1"]
+
+
+@pytest.mark.parametrize("values", ["1..8*x", "1..*2", "*.csv", "a..b*2", "1..8*2*2", "1..3..2*2", "1..nan*2"], ids=str)
+def test_what_only_looks_like_a_geometric_range_is_text(values):
+    assert list(sweep.expanded(values)) == [values]
+
+
+@pytest.mark.parametrize("values, words", [
+    *((values, "never reaches its end; write START..END*FACTOR") for values in [
+        "1..8*1", "1..8*0", "1..8*-2", "0..8*2", "8..0*0.5", "8..-1*0.5", "-1..8*2", "8..1*2", "1..8*0.5", "-8..-1*2"]),
+    *((values, "goes beyond all numbers that a 64-bit float holds") for values in [
+        "1..1e400*10", "1..1e9999999*10", "1..1e-999999*0.1", "1..2*1e500"]),
+    pytest.param("1..2*1.00000001", "has more than 10,000,000 values", marks=pytest.mark.slow),
+], ids=lambda value: value.partition(" ")[0])
+def test_a_geometric_range_without_an_end_is_refused(call_sweep, values, words):
+    result = call_sweep("r.db", "-p", f"x={values}", "--", "true")
+    assert (result.status, result.out, result.err) == (2, "", f"sweep: r.db: -p x={values}: the range {values} {words}\n")
+
+
+# ------------------------------------------------------------------------------------------ {slot}, --append
+
+
+@pytest.mark.parametrize("template, command, appended", [
+    (None, [], "--batch_size 32 --x 0.5"),
+    ("--{name} {value}", [], "--batch_size 32 --x 0.5"),
+    ("--{name-} {value}", [], "--batch-size 32 --x 0.5"),
+    ("--{name-}={value}", ["{x}"], "0.5 --batch-size=32"),
+    ("{name}={value}", [], "batch_size=32 x=0.5"),
+    ("+{name}={value}", ["{x}", "{batch_size}"], "0.5 32"),
+    ("-P '{name} {value}'", ["x={x}"], "x=0.5 -P 'batch_size 32'"),
+    ("{value}", [], "32 0.5"),
+    ("{name}={value}:{sample}:{x}", ["{x}"], "0.5 'batch_size=32:{sample}:{x}'"),
+    ("{none}", ["{x}{batch_size}{m}"], "0.532"),
+], ids=str)
+def test_append_says_how_parameters_without_a_place_are_added(listed, tmp_path, template, command, appended):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (batch_size INTEGER, x REAL, m INTEGER, loss REAL)")
+    append = [] if template is None else ["--append", template]
+    stdin = {"batch_size": 32, "m": None, "x": 0.5}
+    assert listed("--params", "-", *append, stdin=stdin, command=["echo", *command]) == [f"echo {appended}"]
+
+
+def test_sql_may_begin_with_a_hyphen(listed):
+    assert listed("-p", "n=1..3", "--order", "-n", "--where", "-n > -3") == ["echo --n 2", "echo --n 1"]
+
+
+def test_a_value_with_braces_is_appended_as_it_is(listed):
+    assert listed("-p", "name={value}{n}", "-p", "n=1", "--append", "{name}={value}") == ["echo 'name={value}{n}' n=1"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-p", "n=1", "--append", "--{name}", "--", "echo"], "--append has no {value}, so that no job would know it; such as '--{name} {value}'"),
+    (["-p", "n=1", "--append", "", "--", "echo"], "--append has no {value}"),
+    (["-p", "n=1", "--append", "'{value}", "--", "echo"], "--append '{value}: No closing quotation"),
+    (["-p", "n=1,2", "-p", "x=1", "--", "echo", "{x}"], "n varies, but COMMAND has no {n}, so that no job would know it; to append what has no place, give --append '--{name} {value}'"),
+], ids=["no_value", "empty", "quotes", "varies"])
+def test_a_template_by_which_no_job_would_know_its_parameters_is_refused(call_sweep, arguments, words):
+    result = call_sweep("r.db", *arguments)
+    assert (result.status, result.out) == (2, "") and words in result.err and result.err.count("\n") == 1
+
+
+def test_the_append_that_a_refusal_gives_works(call_sweep, listed):
+    arguments = ["-p", "n=1,2", "-p", "x=1"]
+    said = call_sweep("r.db", *arguments, "--", "echo", "{x}").err
+    flags = shlex.split(said[said.index("--append"):])
+    assert listed(*arguments, *flags, command=["echo", "{x}"]) == ["echo 1 --n 1", "echo 1 --n 2"]
+
+
+@pytest.mark.parametrize("visible, line", [("3,5", "echo 0 3 --n 1"), ("", "echo 0 0 --n 1")])
+def test_slot_and_gpu_have_a_place(listed, monkeypatch, visible, line):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert listed("-p", "n=1", command=["echo", "{slot}", "{gpu}"]) == [line]
+
+
+def test_a_parameter_called_slot_is_one(listed, tmp_path):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (slot INTEGER, gpu TEXT, loss REAL)")
+    assert listed("-p", "slot=7", "-p", "gpu=x", command=["echo", "{slot}", "{gpu}"]) == ["echo 7 x"]
+
+
+# -------------------------------------------------------------------------------- what a user may have meant
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["--learning_rate", "0.1"], "a parameter is given as -p learning_rate=0.1"),
+    (["--learning-rate=0.1,0.2"], "a parameter is given as -p learning-rate=0.1,0.2"),
+    (["--value", "a b"], "a parameter is given as -p 'value=a b'"),
+    (["--value"], "a parameter is given as -p value=VALUES"),
+    (["--jbos", "3"], 'did you mean "--jobs"?'),
+    (["--dryrun"], 'did you mean "--dry-run"?'),
+    (["--max-failure", "3"], 'did you mean "--max-failures"?'),
+    (["--retry=3"], 'did you mean "--retries"?'),
+    (["-j", "3"], "the command stands after --"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_an_unknown_flag_gets_a_hint(call_sweep, words, hint):
+    result = call_sweep("r.db", "-p", "n=1", *words, "--", "true")
+    assert (result.status, result.out, result.err) == (
+        2, "", f"sweep: unrecognized arguments: {' '.join(words)}; {hint}; see: python3 sweep.py --help\n")
+
+
+COLUMNS = """CREATE TABLE runs (
+    n INTEGER DEFAULT 1,         -- how many
+    loss REAL,                   -- how bad
+    metadata TEXT DEFAULT '{}'   -- the rest
+);
+"""
+TWO_TABLES = COLUMNS + "CREATE TABLE notes (note TEXT);\n"
+
+
+@pytest.mark.parametrize("sql, arguments, column, again", [
+    (COLUMNS, ["-p", "rate=0.1,1e-2,3"], "rate REAL", []),
+    (COLUMNS, ["-p", "learning-rate=1,2"], "learning_rate INTEGER", []),
+    (COLUMNS, ["-p", "kind=a,1"], "kind TEXT", []),
+    (COLUMNS, ["-p", "group=1"], '"group" INTEGER', []),
+    (COLUMNS, ["-p", "learning rate=.5"], '"learning rate" REAL', []),
+    (COLUMNS, ["-p", 'a"b=x'], '"a""b" TEXT', []),
+    (COLUMNS, ["-p", "größe=1"], "größe INTEGER", []),
+    (COLUMNS, ["-p", "step=1e-3..1*10"], "step REAL", []),
+    (COLUMNS, ["--params", "params.jsonl"], "kind TEXT", ["rate REAL"]),
+    (TWO_TABLES, ["--table", "runs", "-p", "rate=0.1"], "rate REAL", []),
+], ids=["real", "integer", "text", "keyword", "space", "quote", "umlaut", "geometric", "params", "two_tables"])
+def test_the_two_steps_that_make_a_parameter_a_column_work(call_sweep, expect_success, rows, tmp_path, monkeypatch, sql,
+                                                                  arguments, column, again):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    schema, old = folder / "runs.sql", ["--schema", str(folder / "runs.sql"), "--table", "runs"]
+    schema.write_text(sql)
+    (tmp_path / "params.jsonl").write_text('{"n": 1, "kind": "a", "rate": 0.5}')
+    expect_success("insert", "r.db", *old, stdin=b'{"n": 1, "loss": 0.5}')
+    command = ["r.db", "--schema", str(schema), *arguments, "--", *GOOD]
+    for wanted in [column, *again]:
+        result = call_sweep(*command)
+        assert (result.status, result.out) == (2, "") and result.err.count("\n") == 1
+        line, migrate = re.search(r"""to make it one, add above the last column in .*/runs.sql the line ["'](.*,)["'], and run: (.*)$""", result.err).groups()
+        assert line == f"{wanted} DEFAULT NULL,"
+        schema.write_text(re.sub("^    metadata", f"    {line}\n\\g<0>", schema.read_text(), flags=re.M))
+        monkeypatch.delenv("DBTOOL_SCHEMA", raising=False)
+        python, script, *words = shlex.split(migrate)
+        assert (python, script) == ("python3", "dbadmin.py") and "add column" in expect_success(*words)
+    assert rows("r.db", "SELECT n, loss FROM runs") == [["1", "0.5"]]
+    assert call_sweep(*command).status == 0
+    assert rows("r.db", f"SELECT count({column.rpartition(' ')[0]}) FROM runs") != [["0"]]
+
+
+def test_without_a_file_the_line_is_all_it_takes(call_sweep):
+    said = call_sweep("r.db", "-p", "rate=1", "--", "true").err
+    assert said.endswith('/runs.sql the line "rate INTEGER DEFAULT NULL,"\n')
+
+
+# ----------------------------------------------------------------------------------------------- to go on
+
+
+@pytest.mark.parametrize("arguments, stdin", [
+    (["-p", "n=1..3", "--where", "n < 4 -- it's\n", "--append", "--{name-}={value}"], ""),
+    (["--params", "the params.jsonl", "--order", "n DESC", "--logs", "my logs", "--keep-logs"], ""),
+    (["--params", "-"], '{"n": 1}{"n": 2}{"n": 3}'),
+    (["-p", "n=1..3", "--schema", "two.sql", "--table", "runs"], ""),
+], ids=["where", "params", "pipe", "schema"])
+def test_the_line_to_go_on_works_in_a_clean_environment(swept, tmp_path, monkeypatch, arguments, stdin):
+    (tmp_path / "two.sql").write_text(f"{RUNS} CREATE TABLE other (a);")
+    (tmp_path / "the params.jsonl").write_text('{"n": 1}{"n": 2}{"n": 3}')
+    for name in "sweep.py", "dbtool.py":
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, value in {"SCHEMA": "two.sql", "TABLE": "runs", "JOURNAL": "delete"}.items():
+        monkeypatch.setenv(f"DBTOOL_{name}", value)
+    said = swept("--limit", "2", *arguments, "--", *GOOD, "it's a\tjob", stdin=stdin.encode())
+    line = said.partition("; to go on, run: ")[2].replace("… |", "cat |")
+    done = subprocess.run(["bash", "-c", line], env={"PATH": os.environ["PATH"]}, input=stdin, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "") and stored() == [1, 2, 3], done.stderr
+    assert done.stderr.endswith("sweep: r.db: 1 of 1 runs stored, 0 failed\n")
+    assert (tmp_path / "r.db").read_bytes()[18:20] == b"\1\1"  # no WAL
+
+
+# ------------------------------------------------------------------------------- samples that nobody can tell
+
+
+@pytest.mark.parametrize("arguments, warned", [
+    (["--samples", "2", "--", *GOOD], True),
+    (["--samples", "2", "--", *GOOD, "--seed={sample}"], False),
+    (["--samples", "2", "--", "env", "SEED={sample}", *GOOD], False),
+    (["--samples", "1", "--", *GOOD], False),
+    (["--params", "two.jsonl", "--", *GOOD], True),
+    (["--samples", "2", "--call", "work:plain"], True),
+    (["--samples", "2", "--call", "work:seeded"], False),
+    (["--samples", "2", "--call", "work:by_name"], False),
+    (["--samples", "2", "--call", "package.train:plain"], True),
+    (["--samples", "2", "--call", "package.train:seeded"], False),
+], ids=["command", "argument", "variable", "one", "params", "call", "call_sample", "call_keyword", "package", "package_sample"])
+def test_samples_that_no_job_is_told_are_said_once(swept, tmp_path, arguments, warned):
+    (tmp_path / "runs.sql").write_text("CREATE TABLE runs (x REAL, n INTEGER DEFAULT 1, loss REAL, metadata TEXT)")
+    (tmp_path / "two.jsonl").write_text('{"n": 1, "samples": 2}')
+    (tmp_path / "package").mkdir()
+    for module in "work.py", "package/train.py":
+        (tmp_path / module).write_text("def plain(x): return {'loss': 1}\n\ndef seeded(x, sample): return {'loss': 1}\n\n"
+                                       "def by_name(x, *, sample=1): return {'loss': 1}\n\n"
+                                       "class Other:\n    def plain(self, sample): pass\n    def seeded(self): pass\n")
+    (tmp_path / "train.py").write_text("def plain(sample): pass\n\ndef seeded(): pass\n")  # another one
+    said = swept("-p", "x=1", *arguments)
+    samples = len(dbtool.query("r.db", "SELECT * FROM runs"))
+    warning = (f"sweep: r.db: {samples} samples, but no job is told which one it is ({{sample}} in COMMAND, or an argument of"
+               " that name): unless it makes a seed by itself, all of them are the same\n")
+    assert said == warning * warned + f"sweep: r.db: {samples} of {samples} runs stored, 0 failed\n"

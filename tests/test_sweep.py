@@ -20,56 +20,25 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SWEEP, as_nobody, kept, need_program, small_disk, wait_for
+from conftest import (
+    GOOD,
+    STARTING_LINE,
+    SWEEP,
+    as_nobody,
+    kept,
+    need_program,
+    shell,
+    small_disk,
+    start,
+    stored,
+    wait_for,
+)
 
 import dbtool
 import sweep
 
-SCHEMA = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
+pytestmark = pytest.mark.usefixtures("runs_schema")
 LONG = f"90.{os.getpid():08}"  # seconds of sleep, by which this run's processes can be told from all others
-STARTING_LINE = re.compile(r"^sweep: .*: [0-9,]+ runs missing(, [0-9,]+ of them to run)?; [0-9,]+ at once\n", re.M)
-GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]
-
-
-@pytest.fixture(autouse=True)
-def _schema(tmp_path, monkeypatch):
-    (tmp_path / "runs.sql").write_text(SCHEMA)
-    monkeypatch.setenv("DBTOOL_SCHEMA", str(tmp_path / "runs.sql"))
-
-
-@pytest.fixture
-def swept(call_sweep):
-    """Run a sweep in this process that must end with *status*; return what it said after its starting line."""
-
-    def run(*arguments, status=0):
-        result = call_sweep("r.db", *arguments)
-        assert (result.status, result.out) == (status, ""), result.err
-        return STARTING_LINE.sub("", result.err)
-
-    return run
-
-
-def shell(script):
-    """Return a command that runs *script* with the value of n as $1 and the sample as $2."""
-    return ["--", "sh", "-c", script, "sh", "{n}", "{sample}"]
-
-
-def start(*arguments, **options):
-    """Start sweep.py as a process, which heeds Ctrl-C even if the tests were started not to."""
-    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return subprocess.Popen([sys.executable, SWEEP, "r.db", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, **options)
-
-
-def stored(path="r.db"):
-    """Return the values of n that are there, once for each row."""
-    if not os.path.exists(path):
-        return []
-    # Not by dbtool.query: if a sweep ends meanwhile, only a connection that may write removes the -wal file.
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        if not db.execute("SELECT 1 FROM sqlite_master").fetchall():
-            return []
-        return [n for n, in db.execute("SELECT n FROM runs ORDER BY n")]
 
 
 def logs():
