@@ -1355,7 +1355,8 @@ class Sweep:
         self.writer = Writer(Results(self.path, self.schema), self.pool.wake)
         self.progress = Progress(self)
         some = f", {self.total:,} of them to run" if self.beyond_limit else ""
-        say(f"{self.name}: {self.total + self.beyond_limit:,} runs missing{some}; {len(self.free):,} at once")
+        missing = self.total + self.beyond_limit
+        say(f"{self.name}: {missing:,} {'run' if missing == 1 else 'runs'} missing{some}; {len(self.free):,} at once")
         try:
             with self.handling_signals():
                 self.writer.thread.start()

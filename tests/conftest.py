@@ -32,7 +32,7 @@ SWEEP = str(ROOT / "sweep.py")
 RECORD = json.loads((ROOT / "examples" / "result.json").read_text())
 RUNS = "CREATE TABLE runs (n INTEGER NOT NULL, loss REAL, metadata TEXT NOT NULL DEFAULT '{}' CHECK (loss >= 0));"
 GOOD = ["sh", "-c", 'echo "{\\"loss\\": 1}"', "sh"]  # a job that succeeds
-STARTING_LINE = re.compile(r"^sweep: .*: [0-9,]+ runs missing(, [0-9,]+ of them to run)?; [0-9,]+ at once\n", re.M)
+STARTING_LINE = re.compile(r"^sweep: .*: [0-9,]+ runs? missing(, [0-9,]+ of them to run)?; [0-9,]+ at once\n", re.M)
 
 
 def pytest_configure():
