@@ -264,7 +264,8 @@ ENDING = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTRAP", "SIGABRT", "SIGUSR1", "SIGUS
 @pytest.mark.parametrize("name", ENDING)
 def test_insert_ended_by_any_signal_keeps_its_input(db_path, name):
     number = getattr(signal, name, None)
-    need(number, f"a system with {name}")
+    if number is None:
+        pytest.skip(f"this Python has no name for {name}")
     with started("insert", db_path) as child:
         give(child, GOOD)
         child.send_signal(number)
