@@ -104,6 +104,10 @@ class NoRecord(Failure):
     """Input without any JSON object."""
 
 
+class TextRefused(Failure):
+    """Input with a line of text where only JSON may be."""
+
+
 class CannotTell(Failure):
     """Nothing tells whether a transaction has happened."""
 
@@ -671,13 +675,14 @@ class Text:
         return self.text[start:self.position] + "\n"
 
     def unexpected(self, char: str) -> Failure:
-        hint = "; insert --skip-text passes over lines of text" if char.isalpha() and not self.skip_text else ""
-        here = shown(self.text[self.position:self.position + 20])
-        return self.malformed(f"expected a JSON object, got {here}", hint=hint)
+        why = f"expected a JSON object, got {shown(self.text[self.position:self.position + 20])}"
+        if char.isalpha() and not self.skip_text:
+            return TextRefused(self.malformed(why).why, hint="; insert --skip-text passes over lines of text")
+        return self.malformed(why)
 
-    def malformed(self, why: str, at: int | None = None, hint: str = "") -> Failure:
+    def malformed(self, why: str, at: int | None = None) -> Failure:
         line = self.line + self.text.count("\n", 0, self.position if at is None else at)
-        return Failure(f"record {self.count + 1} (line {line}): {why}", hint=hint)
+        return Failure(f"record {self.count + 1} (line {line}): {why}")
 
 
 def records(chunks: Iterable[bytes], skip_text: bool = False,
@@ -2206,6 +2211,7 @@ def insert_command(options: Options) -> None:
         said = f"{failure}; {kept.note}" if source.size else str(failure)
         if kept.path:
             said += f"; when that is fixed, run: {retry_line(options, kept.path)}"
+            said += " --skip-text" if isinstance(error, TextRefused) else ""
         raise Failure(options.as_named(said), failure.status) from None
     source.discard()
 

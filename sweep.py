@@ -901,16 +901,18 @@ class Job:
     def complete(self, record: dict[str, Any], schema: Schema, surroundings: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in what the job left out; raise RunFailed if it says that it ran with other parameters."""
         for name, wanted in self.run.parameters.items():
-            said = typed(schema.by_name[name], record.setdefault(name, wanted))
+            record.setdefault(name, wanted)
+        if "metadata" in schema.by_name and "metadata" not in self.run.parameters:
+            own = as_object(record.get("metadata"))
+            if own is not None:
+                record["metadata"] = {**self.origin(), **surroundings, **own}
+        for name, wanted in self.run.parameters.items():
+            said = typed(schema.by_name[name], record[name])
             if said != wanted:
                 wanted, said = ("null" if value is None else as_word(value) for value in (wanted, said))
                 raise RunFailed("contradiction", f"it was to run with {name} {wanted}, but its result says {said};"
                                                  " is the parameter passed on, and printed as given?")
             record[name] = wanted
-        if "metadata" in schema.by_name and "metadata" not in self.run.parameters:
-            own = as_object(record.get("metadata"))
-            if own is not None:
-                record["metadata"] = {**self.origin(), **surroundings, **own}
         return record
 
     def origin(self) -> dict[str, Any]:
@@ -1516,7 +1518,10 @@ class Sweep:
         kind = f"{failure.kind} {re.sub('[0-9]+', '#', failure.why)}"
         if kind not in self.said and len(self.said) < FAILURES_NAMED:
             self.said.add(kind)
-            self.progress.say(f"{self.name}: {job.run}: {failure.why}; see {os.path.relpath(job.log.path)}")
+            hint = ""
+            if any("_" in name and f"--{name}" in job.last_line() for name in self.command.appended):
+                hint = "; if its flags have hyphens, give --append '--{name-} {value}'"
+            self.progress.say(f"{self.name}: {job.run}: {failure.why}; see {os.path.relpath(job.log.path)}{hint}")
 
     def stop(self, reason: str) -> None:
         """Start nothing new."""
@@ -1634,7 +1639,7 @@ class Progress(dbtool.Progress):
     def longest(self) -> str:
         """Name the job that has run longest, and for how long."""
         for job in self.sweep.pool.running.values():
-            return f"; longest: {job.run}, for {clock(time.monotonic() - job.began)}"
+            return f"; longest, {clock(time.monotonic() - job.began)}: {job.run}"
         return ""
 
     def say(self, message: str) -> None:

@@ -435,6 +435,6 @@ def test_the_line_of_progress_names_the_job_that_runs_longest():
         while data := os.read(leader, 4096):
             text += data
     assert running.wait(timeout=20) == 0
-    longest = re.findall(r"; longest: n=(.) sample=1, for 0:0(\d)\r", text.decode())
+    longest = [(run, second) for second, run in re.findall(r"; longest, 0:0(\d): n=(.) sample=1\r", text.decode())]
     assert longest[0][0] == "1" and longest[-1][0] == "2" and ("2", "3") in longest, longest
     assert text.decode().endswith("\r\x1b[Ksweep: r.db: 4 of 4 runs stored, 0 failed\r\n")
