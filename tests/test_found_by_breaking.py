@@ -261,7 +261,7 @@ ENDING = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTRAP", "SIGABRT", "SIGUSR1", "SIGUS
           "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSYS", "SIGRTMIN", "SIGRTMAX"]
 
 
-@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize("name", [name if name in ("SIGTERM", "SIGUSR1", "SIGXCPU") else slow(name) for name in ENDING])
 def test_insert_ended_by_any_signal_keeps_its_input(db_path, name):
     number = getattr(signal, name, None)
     if number is None:
@@ -389,6 +389,7 @@ def test_insert_manual_without_a_row_is_a_failure(db_path, use_schema, schema):
     check_line(run("insert_manual", db_path, "--k", "gone", "--x", "-1"), "results.db")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [IGNORING, DELETING], ids=["ignored", "deleted"])
 def test_sweep_without_a_row_is_a_failure(use_schema, schema):
     use_schema(schema)
@@ -462,6 +463,7 @@ def test_retry_takes_a_torn_receipt_for_none(db_path, receipt):
     assert count(db_path, "results") == 2 and not file.parent.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "name"), [
     ("TEXT PRIMARY KEY DEFAULT (hex(randomblob(16)))", ""), ("TEXT PRIMARY KEY", "n"), ("INTEGER PRIMARY KEY", "")],
     ids=["random", "given", "number"])
@@ -528,6 +530,7 @@ def test_retry_names_what_is_no_file_of_this_user_and_passes_it_over(db_path, ki
         assert (db_path.parent / "elsewhere.json").read_bytes() == GOOD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRANGE)
 def test_sweep_names_what_is_no_file_of_this_user_and_begins(use_schema, tmp_path, kind):
     use_schema("CREATE TABLE t (n INTEGER, x REAL);")
@@ -585,6 +588,7 @@ def test_retry_that_may_not_read_the_kept_folder_fails_without_a_database_too(pu
 # --------------------------------------------------------------------------- a file that vanishes meanwhile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["renamed", "removed"])
 def test_query_makes_no_database_when_its_own_vanishes(db_path, how):
     store(db_path, GOOD)
@@ -718,6 +722,7 @@ def test_files_are_created_where_there_is_none_and_not_through_a_symlink(db_path
     assert lax == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "stdin", "fault"), [
     case if name in ("insert", "snapshot", "query --output") else slow(*case) for name, case in CREATING.items()],
     ids=list(CREATING))
@@ -1026,6 +1031,7 @@ def paste(line, folder):
     return subprocess.run(["bash", "-c", line], capture_output=True, timeout=30, check=False, cwd=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "escaped"), [
     ("new\nline.db", r"new\nline.db"), ("carriage\rreturn.db", r"carriage\rreturn.db"),
     ("it's\nnew.db", r"it\'s\nnew.db"), ("back\\slash\nnew.db", r"back\\slash\nnew.db")],

@@ -248,6 +248,7 @@ def test_not_enough_memory(db_path):
     check_retry(db_path)
 
 
+@pytest.mark.slow
 def test_a_copy_that_cannot_be_removed_is_no_failure(db_path):
     strace = need_program("strace")
     assert process("insert", db_path, stdin=DATA).returncode == 0
@@ -440,6 +441,7 @@ def test_a_second_signal_loses_nothing(db_path, second):
     assert not list(files[0].parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["2>/dev/full", "2>&-", "2>&1 | head -1"])
 def test_nothing_is_lost_when_standard_error_is(db_path, way):
     command = f"(echo chatter; sleep 0.3; cat rec.json) | '{sys.executable}' '{DBTOOL}' insert '{db_path}' --skip-text {way}"

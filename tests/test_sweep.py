@@ -115,6 +115,7 @@ def test_a_table_without_metadata_has_none(swept, tmp_path):
     assert dbtool.query("r.db", "SELECT * FROM runs") == [{"n": 7, "loss": 1.0}]
 
 
+@pytest.mark.slow
 def test_chatter_around_the_result_and_a_mass_of_it_does_no_harm(swept):
     script = ("head -c 9000000 /dev/zero | tr '\\0' '\\n'; head -c 9000000 /dev/zero >&2; echo epoch 1; "
               'printf \'{\\n "loss":\\n 2}\'; echo; echo bye')
@@ -223,6 +224,7 @@ def test_retries_try_again_and_success_removes_the_log(swept):
     assert not os.path.exists("r.db-sweep")
 
 
+@pytest.mark.slow
 def test_max_failures_stops_a_hopeless_sweep_but_keeps_what_runs(swept):
     script = 'if [ "$1" = 1 ]; then sleep 2; echo "{\\"loss\\": 1}"; else exit 1; fi'
     said = swept("-p", "n=1..100", "--jobs", "2", "--max-failures", "3", *shell(script), status=1)
@@ -243,6 +245,7 @@ def test_max_failures_counts_a_run_only_when_its_retries_failed_too(swept):
     assert Path("tried").read_text().split() == list("1234123412")  # a failed run is tried again in the end
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_and_was_not_tried_again_is_named(swept):
     script = 'if [ "$1" = 1 ]; then exit 3; fi; sleep 0.5; exit 4'
     said = swept("-p", "n=1,2", "--jobs", "2", "--retries", "5", "--max-failures", "1", *shell(script), status=1)
@@ -626,6 +629,7 @@ def test_the_lock_on_a_full_disk_changes_no_status(swept, monkeypatch, tmp_path)
         assert not os.path.exists(small / "r.db-sweep.lock")
 
 
+@pytest.mark.slow
 def test_a_function_is_told_to_end(swept, tmp_path):
     (tmp_path / "work.py").write_text("""import signal, sys, time
 def train(n):
