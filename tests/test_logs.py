@@ -42,13 +42,15 @@ def metadata(path="r.db"):
 # ------------------------------------------------------------------------------------------------------ logs
 
 
-def test_a_running_job_can_be_watched(swept, monkeypatch):
+@pytest.mark.parametrize("after_s", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_a_running_job_can_be_watched(swept, monkeypatch, after_s):
     """The job itself is the one that looks: it goes on when it has read in its log what it has printed."""
-    monkeypatch.setattr("sweep.LOG_AFTER_S", 0.3)
+    if after_s != 1.0:
+        monkeypatch.setattr("sweep.LOG_AFTER_S", after_s)
     watch = f'while ! grep -qx "$line" {log_of(1)} 2>/dev/null; do sleep 0.02; done'
     script = f'for line in "epoch 1" "epoch 2"; do echo "$line"; {watch}; done; line=oops; echo "$line" >&2; {watch}; {RESULT}'
     assert swept("-p", "n=1", "--timeout", "30", *shell(script)) == "sweep: r.db: 1 of 1 runs stored, 0 failed\n"
-    assert metadata()[0]["seconds"] >= 0.3  # it was not there sooner
+    assert metadata()[0]["seconds"] >= after_s  # it was not there sooner
     assert not os.path.exists("r.db-sweep")
 
 

@@ -702,8 +702,8 @@ def test_a_terminal_shows_one_line_in_place():
         while data := os.read(leader, 4096):
             text += data
     assert running.wait(timeout=20) == 0
-    *shown, summary = text.decode().replace("\r\n", "\n").split("\r\x1b[K")
-    assert summary == "sweep: r.db: 8 of 8 runs stored, 0 failed\n"
+    first, *shown, summary = text.decode().replace("\r\n", "\n").split("\r\x1b[K")
+    assert STARTING_LINE.fullmatch(first) and summary == "sweep: r.db: 8 of 8 runs stored, 0 failed\n"
     lines = [line for line in shown if line]
     assert len(lines) > 2
     assert all(re.fullmatch(r"\d of 8 done, [012] running, 0 failed, .*", line) and len(line) == 39 for line in lines), lines
@@ -714,7 +714,7 @@ def test_elsewhere_it_is_a_line_a_minute(swept, monkeypatch):
     monkeypatch.setattr("sweep.LINE_EVERY_S", 0.5)
     said = swept("-p", "n=1..4", "--jobs", "2", *shell('sleep 0.3; echo "{\\"loss\\": 1}"'))
     lines = said.splitlines()
-    assert len(lines) == 2 and re.fullmatch(r"sweep: \d of 4 done, 2 running, 0 failed, .* left", lines[0]), said
+    assert len(lines) == 2 and re.fullmatch(r"sweep: \d of 4 done, 2 running, 0 failed, .* left; longest, 0:0\d: n=\d sample=1", lines[0]), said
 
 
 # ------------------------------------------------------------------------------- functions, other engines
