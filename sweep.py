@@ -42,6 +42,7 @@ import contextlib
 import decimal
 import errno
 import fcntl
+import functools
 import importlib.machinery
 import itertools
 import json
@@ -692,6 +693,7 @@ class Logs:
         import threading
 
         self.folder, self.mode = folder, mode
+        self.has_older = os.path.isdir(folder)  # it may hold logs of an earlier sweep
         self.queue: Any = queue.SimpleQueue()  # of (path, what to append, or None to remove it), and None at the end
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.given = self.taken = 0  # bytes; each is counted by one thread only
@@ -746,10 +748,15 @@ class Logs:
 class Log:
     """What a job prints, in the order in which it comes: held until the job has run for a second, or failed."""
 
-    def __init__(self, path: str, logs: Logs, head: str) -> None:
-        self.path, self.logs = path, logs
-        self.held, self.size = [head.encode(errors="backslashreplace")], 0
+    def __init__(self, logs: Logs, path: Callable[[], str], head: Callable[[], str]) -> None:
+        self.logs, self.find_path, self.head = logs, path, head  # most logs are never written
+        self.held: list[bytes] = []
+        self.size = 0
         self.is_shown, self.ends_line = False, True
+
+    @property
+    def path(self) -> str:
+        return self.find_path()
 
     def add(self, data: bytes) -> None:
         self.held.append(data)
@@ -760,6 +767,8 @@ class Log:
 
     def show(self) -> None:
         """Bring what is held to the file, and from now on all that comes."""
+        if not self.is_shown:
+            self.held.insert(0, self.head().encode(errors="backslashreplace"))
         self.is_shown = True
         if self.held:
             self.logs.append(self.path, b"".join(self.held))
@@ -770,10 +779,11 @@ class Log:
         self.add(("" if self.ends_line else "\n").encode() + text.encode(errors="backslashreplace"))
         self.show()
 
-    def remove(self) -> None:
-        """Remove the file, also that of an earlier attempt."""
+    def remove(self, had_failed: bool) -> None:
+        """Remove the file, also that of an earlier attempt, if there can be one."""
         self.held = []
-        self.logs.remove(self.path)
+        if self.is_shown or had_failed or self.logs.has_older:
+            self.logs.remove(self.path)
 
 
 class Job:
@@ -1426,7 +1436,8 @@ class Sweep:
             if len(self.pioneers) < self.enough_pioneers:
                 self.pioneers.setdefault(run, False)
             words = self.command.for_run(run, slot)
-            job = Job(run, words, slot, Log(self.log_path(run), self.logs, self.log_head(run, words)))
+            head = functools.partial(self.log_head, run, words, self.failed_attempts(run) + 1, time.time())
+            job = Job(run, words, slot, Log(self.logs, functools.partial(self.log_path, run), head))
             folder = os.path.join(self.options.workdir, label(run, self.path)) if self.options.workdir else None
             try:
                 self.pool.start(job, folder)
@@ -1445,9 +1456,8 @@ class Sweep:
         oldest_s = time.monotonic() - next((job.began for job in self.pool.running.values()), math.inf)
         return next((slot for slot in self.free if not slot.must_rest(oldest_s)), None)
 
-    def log_head(self, run: Run, words: list[str]) -> str:
-        attempt = self.failed_attempts(run) + 1
-        return f"command: {shlex.join(words)}\nrun: {run}\nattempt: {attempt}\nstarted: {timestamp(time.time())}\n"
+    def log_head(self, run: Run, words: list[str], attempt: int, started: float) -> str:
+        return f"command: {shlex.join(words)}\nrun: {run}\nattempt: {attempt}\nstarted: {timestamp(started)}\n"
 
     def failed_attempts(self, run: Run) -> int:
         """Return how many attempts of a run have failed, also in earlier sweeps."""
@@ -1481,7 +1491,7 @@ class Sweep:
             self.stored += 1
             self.to_retry.pop(job.run, None)
             if not self.options.keep_logs:
-                job.log.remove()
+                job.log.remove(job.had_failed)
             else:
                 job.log.show()
             job.close()
@@ -1494,7 +1504,7 @@ class Sweep:
         if self.signals and job.why_ended == STOPPED:
             self.unfinished += 1
             if job.run not in self.attempts and job.run not in self.failed_before:
-                job.log.remove()
+                job.log.remove(had_failed=False)
             job.close()
             return
         run = job.run
